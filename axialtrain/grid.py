@@ -1,0 +1,165 @@
+"""Where a rank's tokens are in the grid of the image. Pure arithmetic, no torch.
+
+Row attention needs whole rows, column attention whole columns; everything else works token by
+token and does not care. So tokens move only when the next pass needs it, and what moves is known
+on every rank from (size of the grid, shape of the mesh, own coordinates): no shape is ever
+exchanged at run time.
+
+Words: mesh *axis* `row` says which band of rows a rank holds, mesh axis `col` which band of
+columns. A `Rect` is in tokens unless its name says pixels.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+class Layout(enum.Enum):
+    """How the H x W token grid is spread over the row x col mesh."""
+
+    TILE = "tile"  # H over row, W over col: reading, patch embedding, windows, dense heads
+    ROWS = "rows"  # H over row then col, W whole: row attention
+    COLS = "cols"  # H whole, W over col then row: column attention
+
+
+def split(size: int, parts: int, index: int) -> tuple[int, int]:
+    """The half-open interval that part `index` of `parts` holds of `size` things.
+
+    Balanced: sizes differ by at most one; a part is empty only where size < parts.
+    """
+    return size * index // parts, size * (index + 1) // parts
+
+
+def tokens_across(pixels: int, patch: int) -> int:
+    """Tokens that cover `pixels` pixels with patches of `patch` pixels; the last may be partial."""
+    return -(-pixels // patch)
+
+
+@dataclass(frozen=True)
+class Rect:
+    """Half-open rectangle: rows top..bottom, columns left..right."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    @property
+    def empty(self) -> bool:
+        return self.height <= 0 or self.width <= 0
+
+    def intersect(self, other: Rect) -> Rect:
+        """The common part; of height and width 0 where there is none."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        bottom, right = min(self.bottom, other.bottom), min(self.right, other.right)
+        if bottom <= top or right <= left:
+            return Rect(0, 0, 0, 0)
+        return Rect(top, bottom, left, right)
+
+    def scaled(self, factor: int) -> Rect:
+        """The same rectangle in units `factor` times finer (tokens -> pixels)."""
+        return Rect(
+            self.top * factor, self.bottom * factor, self.left * factor, self.right * factor
+        )
+
+    def shifted(self, down: int, right: int) -> Rect:
+        return Rect(self.top + down, self.bottom + down, self.left + right, self.right + right)
+
+    def slices(self, origin: Rect) -> tuple[slice, slice]:
+        """Index of this rectangle in an array that holds `origin`."""
+        return (
+            slice(self.top - origin.top, self.bottom - origin.top),
+            slice(self.left - origin.left, self.right - origin.left),
+        )
+
+
+def owned_rect(
+    height: int, width: int, layout: Layout, shape: tuple[int, int], at: tuple[int, int]
+) -> Rect:
+    """The rectangle of an H x W grid held at mesh coordinates `at` = (row, col) under `layout`.
+
+    Under ROWS and COLS the second split divides the band of the first, so that TILE <-> ROWS
+    stays among the ranks of one band of rows, and TILE <-> COLS among those of one band of columns.
+    """
+    (rows, cols), (row, col) = shape, at
+    top, bottom = split(height, rows, row)
+    left, right = split(width, cols, col)
+    if layout is Layout.TILE:
+        return Rect(top, bottom, left, right)
+    if layout is Layout.ROWS:
+        start, stop = split(bottom - top, cols, col)
+        return Rect(top + start, top + stop, 0, width)
+    start, stop = split(right - left, rows, row)
+    return Rect(0, height, left + start, left + stop)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of an image's token grid a rank's [B, h, w, D] tensor is.
+
+    height, width: the whole grid, in tokens.
+    layout: how the grid is spread.
+    shape: (rows, cols) of the mesh.
+    at: (row, col), the coordinates of this rank.
+    """
+
+    height: int
+    width: int
+    layout: Layout = Layout.TILE
+    shape: tuple[int, int] = (1, 1)
+    at: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        rows, cols = self.shape
+        if self.height < rows or self.width < cols:
+            raise ValueError(
+                f"a grid of {self.height} x {self.width} tokens is smaller than mesh "
+                f"row={rows} col={cols}: allowed are meshes of at most {self.height} x {self.width}"
+            )
+
+    @property
+    def rect(self) -> Rect:
+        return owned_rect(self.height, self.width, self.layout, self.shape, self.at)
+
+    def under(self, layout: Layout) -> Place:
+        return replace(self, layout=layout)
+
+    def rect_of(self, at: tuple[int, int]) -> Rect:
+        """What the rank at mesh coordinates `at` holds of the same grid, in the same layout."""
+        return owned_rect(self.height, self.width, self.layout, self.shape, at)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What one rank of a group sends to and receives from each other rank of it.
+
+    send[i] is a rectangle of what I own, receive[i] one of what I want; both may be empty.
+    """
+
+    send: tuple[Rect, ...]
+    receive: tuple[Rect, ...]
+
+
+def messages(owned: Sequence[Rect], wanted: Sequence[Rect], me: int) -> Messages:
+    """Who sends what to whom, from owned rectangles to wanted, possibly overlapping, ones.
+
+    owned must not overlap; a wanted part that nobody owns (outside the image) is in no message.
+    """
+    return Messages(
+        send=tuple(owned[me].intersect(want) for want in wanted),
+        receive=tuple(own.intersect(wanted[me]) for own in owned),
+    )

@@ -1,0 +1,215 @@
+"""The arithmetic of the grid: splits, rectangles, layouts, and who sends what to whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axialtrain.grid import Layout, Place, Rect, messages, owned_rect, split, tokens_across
+
+DEGREES = st.integers(1, 5)
+COORDINATES = st.integers(-30, 30)
+
+
+@st.composite
+def rects(draw, lowest=-8, highest=24):
+    """Any rectangle, empty ones and ones outside the image included."""
+    top, bottom = sorted(draw(st.tuples(*[st.integers(lowest, highest)] * 2)))
+    left, right = sorted(draw(st.tuples(*[st.integers(lowest, highest)] * 2)))
+    return Rect(top, bottom, left, right)
+
+
+@st.composite
+def grids_on_meshes(draw):
+    """(height, width), (rows, cols), from a grid as small as the mesh to a large one."""
+    rows, cols = draw(DEGREES), draw(DEGREES)
+    size = draw(st.integers(rows, 40)), draw(st.integers(cols, 40))
+    return size, (rows, cols)
+
+
+@st.composite
+def partitions(draw):
+    """(height, width), rectangles that tile it: cut in two, again and again, anywhere."""
+    height, width = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    parts = [Rect(0, height, 0, width)]
+    for _ in range(draw(st.integers(0, 5))):
+        part = parts.pop(draw(st.integers(0, len(parts) - 1)))
+        if draw(st.booleans()):
+            cut = draw(st.integers(part.top, part.bottom))
+            parts += [
+                dataclasses.replace(part, bottom=cut),
+                dataclasses.replace(part, top=cut),
+            ]
+        else:
+            cut = draw(st.integers(part.left, part.right))
+            parts += [
+                dataclasses.replace(part, right=cut),
+                dataclasses.replace(part, left=cut),
+            ]
+    return (height, width), parts
+
+
+def coordinates(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    return list(itertools.product(range(shape[0]), range(shape[1])))
+
+
+def cells(rect: Rect) -> set[tuple[int, int]]:
+    """The tokens of a rectangle, one by one."""
+    return set(itertools.product(range(rect.top, rect.bottom), range(rect.left, rect.right)))
+
+
+def times_held(height: int, width: int, held: list[Rect]) -> np.ndarray:
+    count = np.zeros((height, width), int)
+    for rect in held:
+        count[rect.slices(Rect(0, height, 0, width))] += 1
+    return count
+
+
+@given(size=st.integers(0, 10**6), parts=st.integers(1, 300))
+def test_split_is_balanced_ordered_and_covers(size, parts):
+    intervals = [split(size, parts, index) for index in range(parts)]
+    assert intervals[0][0] == 0
+    assert intervals[-1][1] == size
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(intervals))
+    sizes = [stop - start for start, stop in intervals]
+    assert min(sizes) >= 0
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_split_with_fewer_things_than_parts():
+    sizes = [stop - start for start, stop in (split(2, 5, i) for i in range(5))]
+    assert sorted(sizes) == [0, 0, 0, 1, 1]
+
+
+@given(pixels=st.integers(0, 10**6), patch=st.integers(1, 64))
+def test_tokens_across_is_the_least_that_covers(pixels, patch):
+    tokens = tokens_across(pixels, patch)
+    assert tokens * patch >= pixels
+    assert (tokens - 1) * patch < pixels
+
+
+@given(a=rects(), b=rects())
+def test_intersect_is_the_set_intersection(a, b):
+    both = a.intersect(b)
+    assert cells(both) == cells(a) & cells(b)
+    assert cells(b.intersect(a)) == cells(both)
+    assert both.area == len(cells(both))
+    assert both.empty == (not cells(both))
+    assert both.height >= 0
+    assert both.width >= 0
+
+
+@given(a=rects(), down=COORDINATES, right=COORDINATES, factor=st.integers(1, 20))
+def test_shifted_and_scaled(a, down, right, factor):
+    assert cells(a.shifted(down, right)) == {(y + down, x + right) for y, x in cells(a)}
+    assert a.shifted(down, right).shifted(-down, -right) == a
+    fine = a.scaled(factor)
+    assert (fine.top, fine.left) == (a.top * factor, a.left * factor)
+    assert (fine.height, fine.width) == (a.height * factor, a.width * factor)
+
+
+@given(origin=rects(), other=rects())
+def test_slices_index_an_array_that_holds_origin(origin, other):
+    """The intersection is read where it lies, an empty one as nothing, wherever it lies."""
+    part = origin.intersect(other)
+    shape = (origin.height, origin.width)
+    rows = np.broadcast_to(np.arange(origin.top, origin.bottom)[:, None], shape)
+    columns = np.broadcast_to(np.arange(origin.left, origin.right), shape)
+    found = zip(rows[part.slices(origin)].flat, columns[part.slices(origin)].flat, strict=True)
+    assert set(found) == cells(part)
+
+
+@given(case=grids_on_meshes(), layout=st.sampled_from(Layout))
+def test_every_layout_holds_each_token_once(case, layout):
+    (height, width), shape = case
+    held = [owned_rect(height, width, layout, shape, at) for at in coordinates(shape)]
+    assert (times_held(height, width, held) == 1).all()
+    if layout is Layout.ROWS:
+        assert {(rect.left, rect.right) for rect in held} == {(0, width)}
+        assert max(rect.height for rect in held) - min(rect.height for rect in held) <= 1
+    if layout is Layout.COLS:
+        assert {(rect.top, rect.bottom) for rect in held} == {(0, height)}
+        assert max(rect.width for rect in held) - min(rect.width for rect in held) <= 1
+
+
+@given(case=grids_on_meshes())
+def test_tiles_are_balanced_and_never_empty(case):
+    (height, width), shape = case
+    tiles = [Place(height, width, Layout.TILE, shape, at).rect for at in coordinates(shape)]
+    for sizes in ({tile.height for tile in tiles}, {tile.width for tile in tiles}):
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(case=grids_on_meshes())
+def test_rows_stay_in_their_band_and_columns_in_theirs(case):
+    """So TILE <-> ROWS talks along mesh axis col alone, TILE <-> COLS along row alone."""
+    size, shape = case
+    for at in coordinates(shape):
+        place = Place(*size, Layout.TILE, shape, at)
+        for other in coordinates(shape):
+            rows = place.under(Layout.ROWS).rect_of(other)
+            cols = place.under(Layout.COLS).rect_of(other)
+            if at[0] != other[0]:
+                assert place.rect.intersect(rows).empty
+            if at[1] != other[1]:
+                assert place.rect.intersect(cols).empty
+
+
+@given(case=partitions(), data=st.data())
+def test_messages_mirror_each_other_and_cover_what_is_wanted(case, data):
+    (height, width), owned = case
+    grid = Rect(0, height, 0, width)
+    wanted = [data.draw(rects()) for _ in owned]
+    plans = [messages(owned, wanted, me) for me in range(len(owned))]
+    for me, other in itertools.product(range(len(owned)), repeat=2):
+        assert plans[me].send[other] == plans[other].receive[me]
+        assert cells(plans[me].send[other]) <= cells(owned[me])
+    for want, plan in zip(wanted, plans, strict=True):
+        times = times_held(height, width, list(plan.receive))
+        expected = np.zeros((height, width), int)
+        expected[want.intersect(grid).slices(grid)] = 1
+        assert (times == expected).all()
+
+
+def test_messages_by_hand():
+    owned = [Rect(0, 2, 0, 2), Rect(0, 2, 2, 5)]
+    wanted = [Rect(-1, 3, 1, 3), Rect(0, 1, 0, 5)]
+    plan = messages(owned, wanted, me=1)
+    assert plan.send == (Rect(0, 2, 2, 3), Rect(0, 1, 2, 5))
+    assert plan.receive == (Rect(0, 1, 0, 2), Rect(0, 1, 2, 5))
+
+
+@pytest.mark.parametrize("size", [(1, 9), (9, 2)])
+def test_a_grid_smaller_than_the_mesh_is_refused(size):
+    height, width = size
+    with pytest.raises(ValueError, match="smaller than mesh") as error:
+        Place(height, width, shape=(2, 3))
+    assert f"{height} x {width}" in str(error.value)
+    assert "row=2 col=3" in str(error.value)
+
+
+def test_a_place_is_a_frozen_value():
+    place = Place(13, 10, Layout.TILE, (2, 3), (1, 2))
+    assert place.rect == Rect(6, 13, 6, 10)
+    assert place.rect_of((0, 0)) == Rect(0, 6, 0, 3)
+    assert place.under(Layout.ROWS).under(Layout.TILE) == place
+    assert len({place, Place(13, 10, Layout.TILE, (2, 3), (1, 2)), place.under(Layout.COLS)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        place.height = 1
+
+
+def test_one_rank_holds_everything_under_every_layout():
+    assert {Place(4, 7, layout).rect for layout in Layout} == {Rect(0, 4, 0, 7)}
+
+
+def test_the_grid_imports_no_torch():
+    code = "import sys, axialtrain.grid; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
