@@ -1,0 +1,1 @@
+"""The device mesh, how tokens move between layouts, and tensor parallelism."""

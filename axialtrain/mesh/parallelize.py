@@ -1,0 +1,136 @@
+"""How a model that was built serially is spread over the mesh. The only file that knows fairscale.
+
+Weights are the same on every mesh by construction: the whole model is built first, then each rank
+keeps its slice of the projections (Megatron-LM, arXiv 1909.08053, section 3: column-parallel, then
+row-parallel, one all-reduce per pair).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from datetime import timedelta
+
+import torch
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from axialtrain.mesh.exchange import Exchange
+from axialtrain.mesh.mesh import Group, Mesh
+
+# timm's names, which all our backbones share: (module, projections in, projection out).
+SPLIT = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+
+
+def parallelize(
+    model: nn.Module, mesh: Mesh, *, timeout: timedelta = timedelta(minutes=10)
+) -> nn.Module:
+    """Spread `model` over `mesh`, in place: token exchanges over row x col, weights over tensor.
+
+    `attn.qkv` and `mlp.fc1` keep whole output rows (the fused QKV weight is packed head by head,
+    so a contiguous slice is a set of whole heads), `attn.proj` and `mlp.fc2` the matching input
+    columns. Sharded parameters carry `model_parallel = True`, from which DeepSpeed knows that
+    their norms add up over the tensor axis.
+
+    Raises ValueError where the heads or the MLP width do not divide by mesh.tensor.
+    """
+    for module in model.modules():
+        if isinstance(module, Exchange):
+            module.mesh = mesh
+    if mesh.tensor.size == 1:
+        return model
+    _check(model, mesh.tensor.size)
+    _start_fairscale(mesh, timeout)
+    for name, module in list(model.named_modules()):
+        first, last = SPLIT.get(name.rpartition(".")[2], (None, None))
+        if first is not None and last is not None:
+            module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
+            module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
+    return model
+
+
+def tensor_dims(model: nn.Module) -> dict[str, int]:
+    """The dim along which each sharded parameter is split over the tensor axis, by name."""
+    dims = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear):
+            dims[f"{name}.weight"] = 0
+            if module.bias is not None:
+                dims[f"{name}.bias"] = 0
+        elif isinstance(module, RowParallelLinear):
+            dims[f"{name}.weight"] = 1
+    return dims
+
+
+def check_divides(what: str, value: int, tensor: int) -> None:
+    """Raise ValueError where `value` of `what` cannot be dealt out over `tensor` ranks."""
+    if value % tensor:
+        allowed = [n for n in range(1, value + 1) if value % n == 0]
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide {what}={value}: allowed are {allowed}"
+        )
+
+
+def _check(model: nn.Module, tensor: int) -> None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "attn":
+            heads = module.get_submodule("qkv").out_features // (3 * module.head_dim)
+            check_divides(f"{name}: heads", heads, tensor)
+        elif name.rpartition(".")[2] == "mlp":
+            check_divides(f"{name}: width", module.get_submodule("fc1").out_features, tensor)
+
+
+def _start_fairscale(mesh: Mesh, timeout: timedelta) -> None:
+    # fairscale keeps its groups in module globals and prints as it makes them; a process that
+    # has had another mesh must drop that one first.
+    if fairscale_groups.model_parallel_is_initialized():
+        fairscale_groups.destroy_model_parallel()
+    with contextlib.redirect_stdout(io.StringIO()):
+        fairscale_groups.initialize_model_parallel(mesh.tensor.size)
+    _set_pg_timeout(timeout, fairscale_groups.get_model_parallel_group())
+
+
+def _slice(whole: Tensor, dim: int, group: Group) -> nn.Parameter:
+    # A clone: a view would keep the storage of the whole matrix alive.
+    part = nn.Parameter(whole.detach().chunk(group.size, dim)[group.rank].clone())
+    part.model_parallel = True  # type: ignore[attr-defined]
+    return part
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight  # fairscale's constructors fill a full matrix that is thrown away: skip it
+
+
+def _column(linear: nn.Module, group: Group) -> nn.Module:
+    assert isinstance(linear, nn.Linear)
+    with torch.random.fork_rng(devices=[]):
+        out = ColumnParallelLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            gather_output=False,
+            init_method=_leave,
+        )
+    out.weight = _slice(linear.weight, 0, group)
+    if linear.bias is not None:
+        out.bias = _slice(linear.bias, 0, group)
+    return out
+
+
+def _row(linear: nn.Module, group: Group) -> nn.Module:
+    assert isinstance(linear, nn.Linear)
+    with torch.random.fork_rng(devices=[]):
+        out = RowParallelLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            input_is_parallel=True,
+            init_method=_leave,
+        )
+    out.weight = _slice(linear.weight, 1, group)
+    if linear.bias is not None:
+        # Replicated: added after the sum over the tensor axis, so each rank has its whole gradient.
+        out.bias = nn.Parameter(linear.bias.detach().clone())
+    return out

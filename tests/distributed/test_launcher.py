@@ -1,0 +1,42 @@
+"""The launcher brings back results and the first error, and does not wait for a hung rank."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.launcher import RankError, run_ranks
+
+
+def total(value: int) -> int:
+    x = torch.tensor([dist.get_rank() + value])
+    dist.all_reduce(x)
+    return int(x)
+
+
+def fail_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise ZeroDivisionError("planted")
+    dist.barrier()  # would wait for rank 1
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def test_ranks_talk_and_are_reused():
+    assert run_ranks(total, 3, value=10) == [33, 33, 33]
+    assert run_ranks(total, 2, value=1) == [3, 3]
+
+
+def test_the_failing_rank_is_named():
+    with pytest.raises(RankError, match=r"rank 1 of 2:[\s\S]*ZeroDivisionError: planted"):
+        run_ranks(fail_on_one, 2)
+    assert run_ranks(total, 2, value=1) == [3, 3]
+
+
+def test_a_hung_rank_ends_the_test():
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] gave no answer"):
+        run_ranks(hang, 2, timeout=5)
+    assert time.monotonic() - started < 20
