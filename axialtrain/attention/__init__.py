@@ -1,0 +1,1 @@
+"""Attention along one axis of the image, its positions, and the config that describes it."""

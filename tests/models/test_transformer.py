@@ -1,0 +1,314 @@
+"""The backbone and its heads in one process: shapes, names, and who may influence whom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.passes import AxialAttention
+from axialtrain.grid import Layout, Place
+from axialtrain.models.heads import MaskedReconstructor, Segmenter
+from axialtrain.models.layer import Layer
+from axialtrain.models.transformer import (
+    AxialTransformer,
+    AxialTransformerConfig,
+    PatchEmbed,
+    to_patches,
+)
+
+PATCH, BANDS, DIM = 2, 3, 16
+GRID = (5, 7)
+PLACE = Place(*GRID)
+
+
+def config(pattern=("row+col",), **options) -> AxialTransformerConfig:
+    return AxialTransformerConfig(
+        **{"patch": PATCH, "dim": DIM, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "bands": BANDS}
+        | {"axial_config": AxialConfig(list(pattern))}
+        | options
+    )
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """In fp64 and large enough that every token says something to every other."""
+    torch.manual_seed(0)
+    for parameter in model.double().parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def backbone(pattern=("row+col",), **options) -> AxialTransformer:
+    return random_weights(AxialTransformer(config(pattern, **options)))
+
+
+def pixels(grid=GRID, seed=0) -> Tensor:
+    shape = (2, grid[0] * PATCH, grid[1] * PATCH, BANDS)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_tokens(fraction=0.6) -> Tensor:
+    return torch.rand(2, *GRID, generator=torch.Generator().manual_seed(7)) < fraction
+
+
+def per_pixel(tokens: Tensor) -> Tensor:
+    """[B, h, w] -> [B, h * patch, w * patch, 1]."""
+    return tokens.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[..., None]
+
+
+ALL = torch.ones(2, *GRID, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "pattern", [("row+col",), ("col+row",), ("row",), ("col",), ("row", "col")]
+)
+def test_tokens_in_the_shape_of_the_grid(pattern):
+    out = backbone(pattern)(pixels(), ALL, PLACE)
+    assert out.shape == (2, *GRID, DIM)
+    assert out.isfinite().all()
+
+
+def test_parameter_names_are_timms():
+    model = AxialTransformer(config(depth=1))
+    linear = ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj")
+    linear += ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2")
+    norms = ("blocks.0.norm1", "blocks.0.norm2", "norm")
+    expected = {f"{name}.{what}" for name in linear + norms for what in ("weight", "bias")}
+    assert model.state_dict().keys() == expected
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("pattern", ["row+col", "row", "row+col+row"])
+def test_a_layer_has_the_parameters_of_a_vit_layer(pattern):
+    """ViT-B, whatever the passes: they share the projections."""
+    passes = AxialConfig([pattern]).passes(0)
+    with torch.device("meta"):
+        layer = Layer(768, 12, 3072, passes, positions="rope")
+    assert parameters(layer.attn) == 2_362_368
+    assert parameters(layer) == 7_087_872
+
+
+def test_patches_are_those_of_a_strided_convolution():
+    """timm embeds patches with one: its weight [D, C, p, p], flattened, is ours."""
+    embed = PatchEmbed(4, BANDS, DIM).double()
+    image = torch.randn(2, 12, 20, BANDS, dtype=torch.float64)
+    kernel = embed.proj.weight.view(DIM, BANDS, 4, 4)
+    expected = F.conv2d(image.movedim(-1, 1), kernel, embed.proj.bias, stride=4).movedim(1, -1)
+    valid = torch.ones(2, 3, 5, dtype=torch.bool)
+    torch.testing.assert_close(embed(image, valid), expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sees"),
+    [
+        (("row",), lambda y, x: [(y, slice(None))]),
+        (("col",), lambda y, x: [(slice(None), x)]),
+        (("row+col",), lambda y, x: [(slice(None), slice(None))]),
+        (("row", "col"), lambda y, x: [(slice(None), slice(None))]),
+    ],
+)
+def test_who_is_told_of_a_changed_token(pattern, sees):
+    model = backbone(pattern)
+    image = pixels()
+    before = model(image, ALL, PLACE)
+    image[1, 3 * PATCH, 4 * PATCH] += 1.0
+    changed = (model(image, ALL, PLACE) != before).any(-1)
+    expected = torch.zeros_like(changed)
+    for rows, columns in sees(3, 4):
+        expected[1, rows, columns] = True
+    assert torch.equal(changed, expected)
+
+
+def test_positions_are_told_apart():
+    """With rope the tokens of an image of equal pixels change when two patches change places."""
+    image = pixels()
+    swapped = image.clone()
+    swapped[:, :, :PATCH], swapped[:, :, PATCH : 2 * PATCH] = (
+        image[:, :, PATCH : 2 * PATCH],
+        image[:, :, :PATCH],
+    )
+    for positions, same in (("none", True), ("rope", False)):
+        model = backbone(axial_config=AxialConfig(["row"], positions))
+        one, other = (model(x, ALL, PLACE)[:, :, 2:] for x in (image, swapped))
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9) is same
+
+
+@pytest.mark.parametrize("pattern", [("row+col",), ("col+row",)])
+@pytest.mark.parametrize("filling", [50.0, float("nan"), float("inf")])
+def test_what_is_missing_influences_nothing(filling, pattern):
+    model, valid = backbone(pattern), some_tokens()
+    zeroed = torch.where(per_pixel(valid), pixels(), 0.0)
+    filled = torch.where(per_pixel(valid), pixels(), filling).requires_grad_()
+    expected = model(zeroed, valid, PLACE)
+    got = model(filled, valid, PLACE)
+    assert torch.equal(got, expected)
+    got[valid].square().sum().backward()
+    missing = ~per_pixel(valid).expand_as(filled)
+    assert filled.grad is not None
+    assert filled.grad.isfinite().all()
+    assert not filled.grad[missing].any()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, values = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, values), strict=True))
+
+
+@pytest.mark.parametrize("filling", [50.0, float("nan"), float("inf")])
+def test_what_is_missing_changes_no_gradient(filling):
+    model, valid = backbone(), some_tokens()
+    found = []
+    for missing in (0.0, filling):
+        image = torch.where(per_pixel(valid), pixels(), missing)
+        found.append(gradients(model, model(image, valid, PLACE)[valid].square().sum()))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, msg=name)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (2, 1)], ids=str)
+def test_an_image_in_a_larger_grid_is_the_image_alone(corner):
+    """Wherever it lies: missing tokens are no keys, and rotary positions see differences alone."""
+    model = backbone()
+    alone = model(pixels(), ALL, PLACE)
+    rows, columns = GRID[0] + 2, GRID[1] + 3
+    grid = PLACE.rect.shifted(-corner[0], -corner[1])  # the larger one, seen from the image
+    image = torch.full((2, rows * PATCH, columns * PATCH, BANDS), 3.0, dtype=torch.float64)
+    image[:, *PLACE.rect.scaled(PATCH).slices(grid.scaled(PATCH))] = pixels()
+    valid = torch.zeros(2, rows, columns, dtype=torch.bool)
+    valid[:, *PLACE.rect.slices(grid)] = True
+    within = model(image, valid, Place(rows, columns))[:, *PLACE.rect.slices(grid)]
+    torch.testing.assert_close(within, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_an_image_without_a_valid_token_is_finite():
+    model = backbone()
+    image = pixels().requires_grad_()
+    out = model(image, torch.zeros_like(ALL), PLACE)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert image.grad is not None
+    assert not image.grad.any()
+
+
+class Patches(nn.Module):
+    """Stands in for a backbone: a token is its patch of pixels."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.config = AxialTransformerConfig(
+            patch=patch,
+            dim=BANDS * patch**2,
+            heads=1,
+            axial_config=AxialConfig(positions="none"),
+            bands=BANDS,
+        )
+
+    def forward(self, image: Tensor, valid: Tensor, place: Place) -> Tensor:
+        return to_patches(image, self.config.patch)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 4])
+def test_each_cell_of_a_segmenter_lies_where_its_pixels_are(cells):
+    """A head that names each cell's mean colour turns the image into its own reduction."""
+    patch = 4
+    model = Segmenter(Patches(patch), classes=BANDS, cells=cells).double()
+    side = patch // cells
+    weight = torch.zeros(cells, cells, BANDS, BANDS, patch, patch, dtype=torch.float64)
+    for i in range(cells):
+        for j in range(cells):
+            for band in range(BANDS):
+                rows, columns = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
+                weight[i, j, band, band, rows, columns] = side**-2
+    with torch.no_grad():
+        model.head.weight.copy_(weight.flatten(0, 2).flatten(1))
+        model.head.bias.zero_()
+    image = torch.randn(2, 3 * patch, 5 * patch, BANDS, dtype=torch.float64)
+    expected = F.avg_pool2d(image.movedim(-1, 1), side).movedim(1, -1)
+    got = model(image, torch.ones(2, 3, 5, dtype=torch.bool), Place(3, 5))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("cells", [0, 3])
+def test_cells_divide_the_patch(cells):
+    with pytest.raises(ValueError, match=f"task.cells={cells} does not divide") as error:
+        Segmenter(AxialTransformer(config(patch=4)), classes=2, cells=cells)
+    assert "[1, 2, 4]" in str(error.value)
+
+
+def test_hidden_pixels_influence_nothing():
+    model = random_weights(MaskedReconstructor(AxialTransformer(config())))
+    hidden = some_tokens(0.5)
+    image = pixels().requires_grad_()
+    out = model(image, ALL, hidden, PLACE)
+    assert out.shape == (2, *GRID, BANDS * PATCH**2)
+    loss = out.square().sum()
+    (grad,) = torch.autograd.grad(loss, image, retain_graph=True)
+    at_hidden = per_pixel(hidden).expand_as(grad)
+    assert not grad[at_hidden].any()
+    assert grad[~at_hidden].abs().amin() > 0
+    expected = gradients(model, loss)
+    other = torch.where(per_pixel(hidden), pixels(seed=1), pixels())
+    again = model(other, ALL, hidden, PLACE)
+    assert torch.equal(again, out)
+    for name, gradient in gradients(model, again.square().sum()).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    assert expected["mask_token"].abs().amin() > 0
+
+
+def test_a_hidden_token_that_is_not_valid_is_no_token():
+    model = random_weights(MaskedReconstructor(AxialTransformer(config())))
+    valid, hidden = some_tokens(), some_tokens(0.8)
+    assert (hidden & ~valid).any()
+    got = model(pixels(), valid, hidden, PLACE)
+    assert torch.equal(got, model(pixels(), valid, hidden & valid, PLACE))
+
+
+def test_a_layer_says_where_it_leaves_the_tokens():
+    place = Place(13, 10, Layout.TILE, (2, 3), (1, 2))
+    for pattern, layout in (("row", Layout.ROWS), ("row+col", Layout.COLS), ("col", Layout.COLS)):
+        layer = Layer(8, 2, 8, AxialConfig([pattern]).passes(0), positions="rope")
+        assert layer.exit(place) == place.under(layout)
+
+
+def test_heads_are_packed_one_after_the_other():
+    """[N][q, k, v][K]: half of the rows of qkv and half of the columns of proj are whole heads."""
+    which = AxialConfig(["row"]).passes(0)[0]
+    whole = random_weights(AxialAttention(DIM, 4))
+    x = torch.randn(2, *GRID, DIM, dtype=torch.float64)
+    total = whole.proj.bias
+    for half in range(2):
+        part = AxialAttention(DIM, 4).double()
+        rows = whole.qkv.weight.chunk(2)[half], whole.qkv.bias.chunk(2)[half]
+        part.qkv.weight, part.qkv.bias = map(nn.Parameter, rows)
+        part.proj.weight = nn.Parameter(whole.proj.weight.chunk(2, dim=1)[half])
+        nn.init.zeros_(part.proj.bias)
+        total = total + part(x, which, ALL)
+    torch.testing.assert_close(total, whole(x, which, ALL))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch": 0}, r"model\.patch=0: allowed are whole numbers from 1"),
+        ({"depth": 0}, r"model\.depth=0: allowed"),
+        ({"heads": -1}, r"model\.heads=-1: allowed"),
+        ({"bands": 0}, r"model\.bands=0: allowed"),
+        ({"mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0: allowed are numbers above 0"),
+        ({"dim": 16, "heads": 3}, r"model\.heads=3 does not divide model\.dim=16"),
+        ({"dim": 12, "heads": 4}, r"rope needs an even head width, got 12 / 4 = 3"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_built_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_an_odd_head_width_is_fine_without_rope():
+    options = config(dim=12, heads=4, axial_config=AxialConfig(positions="none"))
+    assert AxialTransformer(options)(pixels().float(), ALL, PLACE).shape == (2, *GRID, 12)
