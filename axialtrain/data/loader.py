@@ -1,0 +1,313 @@
+"""From shards to the batches of one rank: its own part of the windows of its own data rank.
+
+Which window stands where in which batch follows from (seed, optimizer step) alone; the mesh only
+says who reads which part of it. So the union of what all ranks read is, on every mesh, what one
+process reads. There is no collective here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from axialtrain.data.codec import Pixels
+from axialtrain.data.order import Order, OrderState
+from axialtrain.data.region import Shards
+from axialtrain.data.store import UNLABELLED, ImageRow
+from axialtrain.grid import Place, Rect, tokens_across
+
+
+@dataclass
+class DataConfig:
+    """The `data` group of a run's configuration.
+
+    shards, validation: folders of shards; validation is None where there is none.
+    window: [height, width] in px of what is one sample, None for whole images.
+    mean, std: of the normalisation, in units of the full range 0..1.
+    prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
+    """
+
+    shards: str
+    validation: str | None = None
+    window: list[int] | None = None
+    mean: float = 0.5
+    std: float = 0.25
+    prefetch: int = 2
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("data.shards is empty, allowed is a folder of shards")
+        if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
+            raise ValueError(
+                f"data.window is {list(self.window)}, allowed is [height, width] in px, each at "
+                f"least 1, or null for whole images"
+            )
+        if not 0 <= self.mean <= 1:
+            raise ValueError(f"data.mean is {self.mean}, allowed is 0 to 1")
+        if not 0 < self.std < float("inf"):
+            raise ValueError(f"data.std is {self.std}, allowed is more than 0")
+        if self.prefetch < 0:
+            raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
+        if self.workers < 1:
+            raise ValueError(f"data.workers is {self.workers}, allowed is at least 1")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sample: `rect` of the image `name`, in px; it may reach outside a small image."""
+
+    name: str
+    rect: Rect
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.rect.top},{self.rect.left}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on one rank, B samples; p is the patch, h and w are this rank's tokens.
+
+    pixels: float32 [B, h*p, w*p, 3], normalised, 0 where missing.
+    labels: uint8 [B, h*p, w*p], 255 where there is no target or no pixel; None without labels.
+    present: bool [B, h*p, w*p], where there is a pixel.
+    valid: bool [B, h, w], whether a token has any present pixel.
+    weight: float32 [B], 1, or 0 for a filler, which has neither pixels nor valid tokens.
+    place: the whole token grid (the largest of the samples), and this rank's part of it.
+    ids: names of the samples. samples: int64 [B], their index in the endless order (a filler has
+    that of the sample whose size it repeats), to key random draws.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    present: Tensor
+    valid: Tensor
+    weight: Tensor
+    place: Place
+    ids: tuple[str, ...]
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One place in a micro-batch: which window, under which index, and whether it counts."""
+
+    window: Window
+    sample: int
+    filler: bool
+
+
+def cut_windows(images: Iterable[ImageRow], size: Sequence[int] | None) -> list[Window]:
+    """The windows of `images`, of size (height, width) px; None: each image is one window.
+
+    They lie edge to edge; the last of a line moves back inside the image, and so overlaps the one
+    before. An image smaller than the window gives one that reaches outside.
+    """
+    windows = []
+    for image in images:
+        height, width = (image.height, image.width) if size is None else (size[0], size[1])
+        for top in _starts(image.height, height):
+            for left in _starts(image.width, width):
+                windows.append(Window(image.name, Rect(top, top + height, left, left + width)))
+    return windows
+
+
+def _starts(length: int, window: int) -> list[int]:
+    starts = list(range(0, max(length - window, 0) + 1, window))
+    if starts[-1] + window < length:
+        starts.append(length - window)
+    return starts
+
+
+class Loader:
+    """The batches of one rank.
+
+    shards, config: what is read and how. patch: px of a token. mesh_shape: (row, col) of the mesh,
+    at: this rank's coordinates in it. data_rank of data_ranks: which samples are this rank's.
+    batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
+
+    accumulation: micro-batches of one optimizer step. bytes_read, tiles_decoded: for the batches
+    that were handed out. ValueError, alike on all ranks, if any window's grid is smaller than the
+    mesh.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        config: DataConfig,
+        *,
+        patch: int,
+        mesh_shape: tuple[int, int],
+        at: tuple[int, int],
+        data_rank: int,
+        data_ranks: int,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+    ) -> None:
+        for key, value in (
+            ("patch", patch),
+            ("batch", batch),
+            ("micro_batch", micro_batch),
+            ("data_ranks", data_ranks),
+        ):
+            if value < 1:
+                raise ValueError(f"{key} is {value}, allowed is at least 1")
+        assert 0 <= data_rank < data_ranks, (data_rank, data_ranks)
+        self.shards = shards
+        self.config = config
+        self.patch = patch
+        self.mesh_shape = mesh_shape
+        self.at = at
+        self.data_rank = data_rank
+        self.data_ranks = data_ranks
+        self.batch = batch
+        self.micro_batch = micro_batch
+        self.accumulation = -(-batch // (micro_batch * data_ranks))
+        self.windows = cut_windows(shards.images, config.window)
+        self.order = Order(len(self.windows), seed)
+        self.bytes_read = 0
+        self.tiles_decoded = 0
+        for window in self.windows:
+            try:
+                self._place([window])
+            except ValueError as error:
+                raise ValueError(f"data.window: sample {window.id}: {error}") from None
+
+    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
+        """For each optimizer step first..last-1, its micro-batches on this data rank."""
+        jobs = (
+            self._slots_of_step(step, accumulated)
+            for step in range(first, last)
+            for accumulated in range(self.accumulation)
+        )
+        with closing(self._ahead(jobs)) as batches:
+            for _ in range(first, last):
+                yield list(islice(batches, self.accumulation))
+
+    def once(self) -> Generator[Batch, None, None]:
+        """All windows once, in plain order; as many batches on every data rank."""
+        at_once = self.micro_batch * self.data_ranks
+        jobs = (self._slots_of_pass(k) for k in range(-(-len(self.windows) // at_once)))
+        with closing(self._ahead(jobs)) as batches:
+            yield from batches
+
+    def state(self, step: int) -> OrderState:
+        """Where the order stands when `step` optimizer steps are complete."""
+        return OrderState(step * self.batch, self.order.seed, self.shards.digest)
+
+    def resume(self, state: OrderState) -> int:
+        """The optimizer step with which a run saved at `state` goes on.
+
+        ValueError if these are other shards, another seed, or a batch that does not divide.
+        """
+        if state.manifest != self.shards.digest:
+            raise ValueError(
+                "data.shards is not what the saved run read (another manifest), allowed is the same"
+            )
+        if state.seed != self.order.seed:
+            raise ValueError(f"seed is {self.order.seed}, allowed is the saved run's {state.seed}")
+        step, rest = divmod(state.next_index, self.batch)
+        if rest:
+            raise ValueError(
+                f"train.batch is {self.batch}, allowed is a divisor of the {state.next_index} "
+                f"samples that the saved run has taken"
+            )
+        return step
+
+    def _slots_of_step(self, step: int, accumulated: int) -> list[_Slot]:
+        slots = []
+        for j in self._positions(accumulated):
+            sample = step * self.batch + j % self.batch
+            slots.append(_Slot(self.windows[self.order[sample]], sample, j >= self.batch))
+        return slots
+
+    def _slots_of_pass(self, index: int) -> list[_Slot]:
+        count = len(self.windows)
+        return [
+            _Slot(self.windows[j % count], j % count, j >= count) for j in self._positions(index)
+        ]
+
+    def _positions(self, index: int) -> range:
+        """Positions, among those of all data ranks, of this rank's micro-batch number `index`."""
+        start = (index * self.data_ranks + self.data_rank) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+    def _ahead(self, jobs: Iterator[list[_Slot]]) -> Generator[Batch, None, None]:
+        """Batches in the order of `jobs`, `config.prefetch` of them read ahead by threads.
+
+        Threads, not processes: reading and decoding release the interpreter's lock. Closing the
+        iterator, or an error in it, ends them.
+        """
+        pending: deque[Future[tuple[Batch, int, int]]] = deque()
+        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="axialtrain-data")
+        try:
+            while True:
+                for slots in islice(jobs, self.config.prefetch + 1 - len(pending)):
+                    pending.append(pool.submit(self._load, slots))
+                if not pending:
+                    return
+                batch, bytes_read, tiles_decoded = pending.popleft().result()
+                self.bytes_read += bytes_read
+                self.tiles_decoded += tiles_decoded
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _place(self, windows: Sequence[Window]) -> Place:
+        """Of a micro-batch: the grid is the largest of its windows', smaller ones are padded."""
+        height = max(tokens_across(window.rect.height, self.patch) for window in windows)
+        width = max(tokens_across(window.rect.width, self.patch) for window in windows)
+        return Place(height, width, shape=self.mesh_shape, at=self.at)
+
+    def _load(self, slots: list[_Slot]) -> tuple[Batch, int, int]:
+        """The micro-batch, and the bytes read and tiles decoded for it. Runs in a thread."""
+        place = self._place([slot.window for slot in slots])
+        mine = place.rect.scaled(self.patch)  # px, from the window's corner
+        size = (len(slots), mine.height, mine.width)
+        pixels = np.zeros((*size, 3), np.float32)
+        labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
+        present = np.zeros(size, np.bool_)
+        bytes_read = tiles_decoded = 0
+        for i, slot in enumerate(slots):
+            window = slot.window.rect
+            part = mine.intersect(Rect(0, window.height, 0, window.width))
+            if slot.filler or part.empty:
+                continue
+            region = self.shards.region(slot.window.name, part.shifted(window.top, window.left))
+            here = (i, *part.slices(mine))
+            pixels[here] = self._normalise(region.pixels, region.present)
+            present[here] = region.present
+            if labels is not None and region.labels is not None:
+                labels[here] = region.labels
+            bytes_read += region.bytes_read
+            tiles_decoded += region.tiles_decoded
+        p, (h, w) = self.patch, (place.rect.height, place.rect.width)
+        batch = Batch(
+            pixels=torch.from_numpy(pixels),
+            labels=None if labels is None else torch.from_numpy(labels),
+            present=torch.from_numpy(present),
+            valid=torch.from_numpy(present.reshape(-1, h, p, w, p).any((2, 4))),
+            weight=torch.tensor([float(not slot.filler) for slot in slots]),
+            place=place,
+            ids=tuple(slot.window.id for slot in slots),
+            samples=torch.tensor([slot.sample for slot in slots]),
+        )
+        return batch, bytes_read, tiles_decoded
+
+    def _normalise(self, pixels: Pixels, present: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """uint8 [h, w, 3] to float32 of mean 0 and deviation 1, if config says so; missing is 0."""
+        table = ((np.arange(256) / 255 - self.config.mean) / self.config.std).astype(np.float32)
+        values: NDArray[np.float32] = table[pixels]
+        values[~present] = 0
+        return values

@@ -1,0 +1,221 @@
+"""Any rectangle of any stored image, for the bytes of the blocks that it touches.
+
+rectangle -> blocks -> merged byte ranges, fetched through fsspec -> the tar members in them -> the
+tiles that the rectangle meets, each checked against its CRC-32C, and only those decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from axialtrain.data.block import Block
+from axialtrain.data.codec import Pixels
+from axialtrain.data.readers import tiles_of
+from axialtrain.data.store import (
+    BLOCK,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    UNLABELLED,
+    Head,
+    ImageRow,
+    Manifest,
+)
+from axialtrain.grid import Rect
+
+GAP = 1 << 18  # bytes between two blocks that are rather read than skipped: a request costs more
+HEADS = 256  # heads kept in memory; a large slide's takes about 1 MB
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of an image.
+
+    pixels: uint8 [h, w, 3], 0 where missing. labels: uint8 [h, w], 255 where missing or no target;
+    None where the image has none. present: bool [h, w], false outside the image and in tiles that
+    its source leaves out. bytes_read, tiles_decoded: what it took.
+    """
+
+    pixels: Pixels
+    labels: Pixels | None
+    present: NDArray[np.bool_]
+    bytes_read: int
+    tiles_decoded: int
+
+
+def open_shards(url: str) -> Shards:
+    """The shards in the folder `url`: a path, or what fsspec reads (s3://, gs://, https://).
+
+    ValueError if there are none, or they are of another version of the format.
+    """
+    fs, root = fsspec.core.url_to_fs(str(url))
+    path = f"{root.rstrip('/')}/{MANIFEST}"
+    try:
+        data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{url}: no shards here, allowed is a folder with a {MANIFEST}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path}: is over {MAX_MANIFEST_BYTES} bytes, too large for a manifest")
+    return Shards(fs, root.rstrip("/"), Manifest.from_json(data, path))
+
+
+class Shards:
+    """The images of one folder of shards. Safe to read from several threads.
+
+    images: one row each, in the order in which they were written. digest: of the manifest.
+    has_labels: whether every image has a label raster.
+    """
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
+        self.images = manifest.images
+        self.digest = manifest.digest
+        self.has_labels = all(row.labels for row in manifest.images)
+        self._fs = fs
+        self._root = root
+        self._rows = {row.name: row for row in manifest.images}
+        self._heads: dict[str, Head] = {}
+        self._sizes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def row(self, name: str) -> ImageRow:
+        """The manifest's row of the image `name`."""
+        if name not in self._rows:
+            raise ValueError(f"image is {name!r}, allowed are {_some(list(self._rows))}")
+        return self._rows[name]
+
+    def head(self, name: str) -> Head:
+        """The head of the image `name`; fetched once, then kept."""
+        with self._lock:
+            if name in self._heads:
+                return self._heads[name]
+        row = self.row(name)
+        path = f"{self._root}/{row.shard}"
+        stop = row.head_offset + row.head_length
+        size = self._size(path)
+        if stop > size:
+            raise ValueError(
+                f"{self._root}/{MANIFEST}: head_offset + head_length of {name!r} is {stop}, "
+                f"allowed is up to the {size} bytes of {row.shard}"
+            )
+        (data,) = self._fetch(path, [(row.head_offset, stop)])
+        where = f"{path}: head of {name!r} at byte {row.head_offset}"
+        if hashlib.sha256(data).hexdigest() != row.head_sha256:
+            raise ValueError(f"{where}: is damaged (its SHA-256 is not the one in {MANIFEST})")
+        head = Head.from_json(data, row, size, where)
+        with self._lock:
+            while len(self._heads) >= HEADS:
+                self._heads.pop(next(iter(self._heads)))  # the oldest
+            self._heads[name] = head
+        return head
+
+    def read(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
+        """Pixels of height x width px from (y, x), uint8 [height, width, 3]; 0 where missing."""
+        return self._region(name, Rect(y, y + height, x, x + width), labels=False).pixels
+
+    def read_labels(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
+        """Labels of height x width px from (y, x), uint8 [height, width]; 255 where there is none.
+
+        ValueError if the image has no labels.
+        """
+        rect, head = Rect(y, y + height, x, x + width), self.head(name)
+        _check_rect(rect)
+        if not head.labels:
+            raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
+        labels = np.full((height, width), UNLABELLED, np.uint8)
+        for block in self._blocks(head, rect)[0]:
+            block.paint_labels(labels, rect)
+        return labels
+
+    def region(self, name: str, rect: Rect) -> Region:
+        """Pixels, labels and presence of `rect`, in px of the image; it may reach outside.
+
+        ValueError naming shard, offset and member if what is stored is damaged.
+        """
+        return self._region(name, rect, labels=True)
+
+    def _region(self, name: str, rect: Rect, *, labels: bool) -> Region:
+        _check_rect(rect)
+        head = self.head(name)
+        size = (rect.height, rect.width)
+        pixels = np.zeros((*size, 3), np.uint8)
+        present = np.zeros(size, np.bool_)
+        raster = np.full(size, UNLABELLED, np.uint8) if head.labels and labels else None
+        blocks, bytes_read = self._blocks(head, rect)
+        tiles = 0
+        for block in blocks:
+            tiles += block.paint_pixels(pixels, present, rect)
+            if raster is not None:
+                block.paint_labels(raster, rect)
+        return Region(pixels, raster, present, bytes_read, tiles)
+
+    def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
+        """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""
+        side = BLOCK * head.tile
+        needed = {(r, c) for r, c, _ in tiles_of(rect, head.height, head.width, side)}
+        entries = sorted(
+            (entry for entry in head.blocks if (entry.row, entry.col) in needed),
+            key=lambda entry: entry.offset,
+        )
+        if not entries:
+            return [], 0
+        path = f"{self._root}/{self.row(head.name).shard}"
+        runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries])
+        blocks = []
+        for (start, stop), chunk in zip(runs, self._fetch(path, runs), strict=True):
+            for entry in entries:
+                if start <= entry.offset < stop:
+                    at = entry.offset - start
+                    data = memoryview(chunk)[at : at + entry.length]
+                    blocks.append(Block.parse(data, head, entry, path))
+        return blocks, sum(stop - start for start, stop in runs)
+
+    def _size(self, path: str) -> int:
+        """Bytes of the shard at `path`; asked once."""
+        with self._lock:
+            if path in self._sizes:
+                return self._sizes[path]
+        try:
+            size = self._fs.size(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: {MANIFEST} names this shard, but it is not there") from None
+        if not isinstance(size, int):  # some web servers do not say
+            raise ValueError(f"{path}: its server does not tell its size, which reading needs")
+        with self._lock:
+            self._sizes[path] = size
+        return size
+
+    def _fetch(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+        chunks = self._fs.cat_ranges([path] * len(ranges), starts, stops, on_error="raise")
+        for (start, stop), chunk in zip(ranges, chunks, strict=True):
+            if len(chunk) != stop - start:
+                raise ValueError(
+                    f"{path}: bytes {start} to {stop} belong to it, but it ends after "
+                    f"{start + len(chunk)}: the shard was cut short"
+                )
+        return list(chunks)
+
+
+def merge(ranges: list[tuple[int, int]], gap: int = GAP) -> list[tuple[int, int]]:
+    """Sorted half-open ranges, those at most `gap` apart joined."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _check_rect(rect: Rect) -> None:
+    if rect.height < 0 or rect.width < 0:
+        raise ValueError(f"height, width is {rect.height}, {rect.width}, allowed is 0 or more")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,327 @@
+"""Images into shards: one pass, in the format of `store`.
+
+Tiles that the source holds as JPEG are copied without being decoded; others become PNG. A shard is
+written under a temporary name, synced and renamed; the manifest comes last, so that a folder has
+one only when everything else is there. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import google_crc32c
+import numpy as np
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from axialtrain.data.codec import Pixels, encode_jpeg, encode_png
+from axialtrain.data.readers import Reader, open_image, tiles_of
+from axialtrain.data.store import (
+    BLOCK,
+    MANIFEST,
+    MAX_BLOCKS,
+    MAX_HEAD_BYTES,
+    TAR_RECORD,
+    UNLABELLED,
+    BlockEntry,
+    BlockIndex,
+    Head,
+    ImageRow,
+    Manifest,
+    Tile,
+    block_grid,
+    block_key,
+    head_key,
+    hilbert_order,
+    image_name,
+    shard_name,
+    tile_member,
+)
+from axialtrain.grid import Rect
+
+THUMBNAIL = 512  # px, at least so many along the longer side where the image has them
+_THUMBNAIL_QUALITY = 85
+_TAR_END = bytes(2 * TAR_RECORD)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `shard_images` wrote. copied: tiles taken over without re-encoding, of `tiles`."""
+
+    out: Path
+    images: int
+    shards: int
+    blocks: int
+    tiles: int
+    copied: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: {self.images} images in {self.shards} shards, {self.blocks} blocks, "
+            f"{self.tiles} tiles ({self.copied} copied as they were), {self.bytes / 1e6:.1f} MB"
+        )
+
+
+def shard_images(
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    labels: Sequence[str | Path] | None = None,
+    level: int = 0,
+    shard_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> Summary:
+    """Write `images` (paths) as shards into the folder `out`.
+
+    labels: paths of label rasters, one per image, of the size of the stored level, one uint8 band,
+    255 where there is no target. level: of each image's pyramid. shard_bytes: a shard is closed
+    after the image with which it reaches this size. progress: show a bar.
+
+    Everything is opened and compared before anything is written: ValueError names what is wrong.
+    """
+    out = Path(out)
+    if (out / MANIFEST).exists():
+        raise ValueError(f"{out}: has a {MANIFEST} already, allowed is a new or an empty folder")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}, allowed is at least 1")
+    jobs = _check(images, labels, level)
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[ImageRow] = []
+    blocks = tiles = copied = size = shards = 0
+    with tqdm(total=sum(job.blocks for job in jobs), unit="block", disable=not progress) as bar:
+        while len(rows) < len(jobs):
+            shard = shard_name(shards)
+            with _replacing(out / shard) as file:
+                while len(rows) < len(jobs) and file.tell() < shard_bytes:
+                    writer = _ImageWriter(jobs[len(rows)], shard, file, bar)
+                    rows.append(writer.write())
+                    blocks += jobs[len(rows) - 1].blocks
+                    tiles += writer.tiles
+                    copied += writer.copied
+                file.write(_TAR_END)
+            shards += 1
+            size += (out / shard).stat().st_size
+    with _replacing(out / MANIFEST) as file:
+        file.write(Manifest(tuple(rows)).to_json())
+    return Summary(out, len(rows), shards, blocks, tiles, copied, size)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image that has been checked, and what it is stored as."""
+
+    name: str
+    image: Path
+    labels: Path | None
+    level: int
+    blocks: int
+
+
+def _check(
+    images: Sequence[str | Path], labels: Sequence[str | Path] | None, level: int
+) -> list[_Job]:
+    """Open every input once, so that what is wrong with the last is said before the first."""
+    if not images:
+        raise ValueError("images is empty, allowed is at least one path")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(
+            f"labels has {len(labels)} paths, allowed is one for each of the {len(images)} images"
+        )
+    jobs: dict[str, _Job] = {}
+    for index, image in enumerate(images):
+        raster = None if labels is None else Path(labels[index])
+        name = image_name(image)
+        if name in jobs:
+            raise ValueError(
+                f"{image}: would be stored as {name!r}, and so would {jobs[name].image}"
+            )
+        with open_image(image, level) as reader:
+            if reader.bands != 3:
+                raise ValueError(f"{image}: has {reader.bands} band, allowed is 3 (RGB)")
+            rows, cols = block_grid(reader.height, reader.width, reader.tile)
+            if rows * cols > MAX_BLOCKS:
+                raise ValueError(f"{image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
+            if raster is not None:
+                _check_raster(raster, reader)
+        jobs[name] = _Job(name, Path(image), raster, level, rows * cols)
+    return list(jobs.values())
+
+
+def _check_raster(path: Path, image: Reader) -> None:
+    with open_image(path) as raster:
+        if raster.bands != 1:
+            raise ValueError(f"{path}: has {raster.bands} bands, allowed for labels is 1")
+        if (raster.height, raster.width) != (image.height, image.width):
+            raise ValueError(
+                f"{path}: is {raster.height} x {raster.width} px, allowed for labels is the size "
+                f"of {image.path}, {image.height} x {image.width}"
+            )
+
+
+class _ImageWriter:
+    """Writes one image's blocks and head into an open tar, counting tiles as it goes."""
+
+    def __init__(self, job: _Job, shard: str, file: BinaryIO, bar: tqdm[NoReturn]) -> None:
+        self._job = job
+        self._shard = shard
+        self._file = file
+        self._bar = bar
+        self.tiles = 0
+        self.copied = 0
+
+    def write(self) -> ImageRow:
+        job = self._job
+        with ExitStack() as files:
+            image = files.enter_context(open_image(job.image, job.level))
+            raster = None if job.labels is None else files.enter_context(open_image(job.labels))
+            head = Head(
+                name=job.name,
+                height=image.height,
+                width=image.width,
+                tile=image.tile,
+                mpp=image.mpp,
+                level=job.level,
+                downsample=image.downsample,
+                encoding="jpg" if image.jpeg else "png",
+                labels=raster is not None,
+                source_sha256=_sha256(job.image),
+                group=job.name,
+                blocks=(),
+            )
+            blocks = []
+            for row, col in hilbert_order(*head.block_grid):
+                blocks.append(self._write_block(head, image, raster, row, col))
+                self._bar.update()
+        return self._write_head(replace(head, blocks=tuple(blocks)))
+
+    def _write_block(
+        self, head: Head, image: Reader, raster: Reader | None, row: int, col: int
+    ) -> BlockEntry:
+        sample: dict[str, bytes] = {}
+        tiles = []
+        rows, cols = head.tile_grid
+        for r in range(row * BLOCK, min(row * BLOCK + BLOCK, rows)):
+            for c in range(col * BLOCK, min(col * BLOCK + BLOCK, cols)):
+                data = self._encoded(image, r, c)
+                if data is not None:
+                    member = tile_member(r, c, head.encoding)
+                    sample[member] = data
+                    tiles.append(Tile(r, c, member, google_crc32c.value(data)))
+        self.tiles += len(tiles)
+        crc = None
+        if raster is not None:
+            sample["labels.png"] = encode_png(_labels(raster, head, row, col))
+            crc = google_crc32c.value(sample["labels.png"])
+        sample["json"] = BlockIndex(row, col, tuple(tiles), crc).to_json()
+        data = _members(block_key(head.name, head.level, row, col), sample)
+        offset = self._file.tell()
+        self._file.write(data)
+        return BlockEntry(row, col, offset, len(data), google_crc32c.value(data))
+
+    def _encoded(self, image: Reader, row: int, col: int) -> bytes | None:
+        if image.jpeg:
+            data = image.tile_bytes(row, col)
+            self.copied += data is not None
+            return data
+        pixels = image.tile_pixels(row, col)
+        return None if pixels is None else encode_png(pixels)
+
+    def _write_head(self, head: Head) -> ImageRow:
+        data = head.to_json()
+        if len(data) > MAX_HEAD_BYTES:
+            raise ValueError(f"{self._job.image}: its head takes {len(data)} bytes")
+        # Members are sorted by name: the JSON is the first, right behind its tar header.
+        offset = self._file.tell() + TAR_RECORD
+        thumbnail = encode_jpeg(_thumbnail(self._job.image, head.level), _THUMBNAIL_QUALITY)
+        sample = {"json": data, "thumbnail.jpg": thumbnail}
+        self._file.write(_members(head_key(head.name), sample))
+        return ImageRow(
+            name=head.name,
+            shard=self._shard,
+            head_offset=offset,
+            head_length=len(data),
+            head_sha256=hashlib.sha256(data).hexdigest(),
+            height=head.height,
+            width=head.width,
+            labels=head.labels,
+        )
+
+
+def _labels(raster: Reader, head: Head, row: int, col: int) -> Pixels:
+    """The label raster of block (row, col), cut at the border, uint8 [h, w].
+
+    A tile that a sparse raster leaves out is unlabelled, not class 0.
+    """
+    return raster.read(head.block_rect(row, col), fill=UNLABELLED)[..., 0]
+
+
+def _members(key: str, sample: dict[str, bytes]) -> bytes:
+    """The sample's tar members, as webdataset writes them, without an end of archive.
+
+    Made apart from the shard, so that a block's bytes, and their checksum, are known as a whole.
+    """
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0) as tar:
+        tar.write({"__key__": key, **sample})
+        length = tar.tarstream.offset
+    return buffer.getvalue()[:length]
+
+
+def _thumbnail(path: Path, level: int) -> Pixels:
+    """A small picture of the image: every n-th pixel of the coarsest level that is large enough.
+
+    Tile by tile, so that an image without a pyramid needs no more memory than another.
+    """
+    with ExitStack() as files:
+        image = files.enter_context(open_image(path, level))
+        for coarser in range(level + 1, image.levels):
+            try:
+                other = files.enter_context(open_image(path, coarser))
+            except ValueError:
+                break  # not tiled, say: a thumbnail does not need it
+            if max(other.height, other.width) < THUMBNAIL:
+                break
+            image = other
+        step = -(-max(image.height, image.width) // (2 * THUMBNAIL))
+        small = np.zeros((-(-image.height // step), -(-image.width // step), 3), np.uint8)
+        whole = Rect(0, image.height, 0, image.width)
+        for _, _, part in tiles_of(whole, image.height, image.width, image.tile):
+            top, left = -(-part.top // step), -(-part.left // step)
+            picked = image.read(part)[
+                top * step - part.top :: step, left * step - part.left :: step
+            ]
+            small[top : top + picked.shape[0], left : left + picked.shape[1]] = picked
+    return small
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path`, whole and on disk, when the block ends; or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)

@@ -1,0 +1,331 @@
+"""The format of the shards: names, the order of blocks, and the three JSON records.
+
+A folder of plain WebDataset tars and one `manifest.json`. An image is a run of samples in one tar:
+
+    {image}/{level}/{row:05d}_{col:05d}    one block of 8 x 8 tiles, along a Hilbert curve
+        .00.jpg ... .63.jpg                its tiles, number = row in the block * 8 + column
+        .json                              which tiles are there, CRC-32C of each   -> BlockIndex
+        .labels.png                        its label raster, cut at the image's border
+    {image}/head                           the last sample
+        .json                              size, encoding, where each block lies    -> Head
+        .thumbnail.jpg
+
+The manifest has one row per image and is all that is loaded for a whole data set; a head is
+fetched when its image is first read. Whatever comes from disk is checked before it is used:
+wrong values raise a ValueError that names file, key and value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from axialtrain.data.checked import Record
+from axialtrain.grid import Rect
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BLOCK = 8  # tiles along each side of a block
+UNLABELLED = 255  # label of a pixel that is no target
+
+MAX_SIDE = 1 << 20  # px, of an image
+MIN_TILE, MAX_TILE = 16, 2048  # px
+MAX_BLOCKS = 1 << 20  # of an image
+MAX_IMAGES = 1 << 22
+MAX_BYTES = 1 << 50  # of a shard: beyond any file, within exact JSON numbers
+MAX_HEAD_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 30
+TAR_RECORD = 512  # bytes: a tar header, and what members are padded to
+
+ENCODINGS = ("jpg", "png")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_NAME_WORDS = "a name of at most 128 of A-Z a-z 0-9 . _ - that does not start with . or -"
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.tar")
+_SHARD_WORDS = "the name of a .tar in the same folder"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA256_WORDS = "64 hexadecimal digits"
+_ENCODING = re.compile("|".join(ENCODINGS))
+_CRC_MAX = 0xFFFFFFFF
+
+
+def image_name(path: str | Path) -> str:
+    """The name of the image at `path` in the shards: its stem, other characters replaced by _."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).lstrip(".-")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{path}: no image name can be made of it, allowed is {_NAME_WORDS}")
+    return name
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.tar"
+
+
+def block_key(image: str, level: int, row: int, col: int) -> str:
+    return f"{image}/{level}/{row:05d}_{col:05d}"
+
+
+def head_key(image: str) -> str:
+    return f"{image}/head"
+
+
+def tile_member(row: int, col: int, encoding: str) -> str:
+    """Name, within its block's sample, of the tile at (row, col) of the image."""
+    return f"{row % BLOCK * BLOCK + col % BLOCK:02d}.{encoding}"
+
+
+def max_tile_bytes(tile: int) -> int:
+    """The most that an encoded RGB tile may take: far more than any sane encoder needs."""
+    return tile * tile * 6 + (1 << 16)
+
+
+def max_block_bytes(tile: int) -> int:
+    """The most that a block may take, labels, index and tar headers included."""
+    return BLOCK * BLOCK * (max_tile_bytes(tile) + tile * tile * 2 + 2 * TAR_RECORD) + (1 << 20)
+
+
+def hilbert_order(rows: int, cols: int) -> list[tuple[int, int]]:
+    """All (row, col) of a grid, in the order in which a Hilbert curve visits them.
+
+    The curve runs over the enclosing square of side 2^k; what lies outside the grid is skipped.
+    """
+    row, col = (a.ravel() for a in np.indices((rows, cols), dtype=np.int64))
+    y, x = row.copy(), col.copy()
+    distance = np.zeros_like(row)
+    side = 1 << max(rows - 1, cols - 1, 0).bit_length()
+    half = side >> 1
+    while half:
+        below, right = (y & half) > 0, (x & half) > 0
+        distance += half * half * ((3 * right) ^ below)
+        # The quadrants of the upper half hold the curve transposed, the right one also reversed.
+        reverse = ~below & right
+        x[reverse], y[reverse] = side - 1 - x[reverse], side - 1 - y[reverse]
+        x[~below], y[~below] = y[~below], x[~below].copy()
+        half >>= 1
+    order = np.argsort(distance, kind="stable")
+    return list(zip(row[order].tolist(), col[order].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A stored tile. row, col: of the image's tile grid; member: its name within the sample."""
+
+    row: int
+    col: int
+    member: str
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """The JSON of a block. labels_crc32c: of `labels.png`, None where the image has no labels."""
+
+    row: int
+    col: int
+    tiles: tuple[Tile, ...]
+    labels_crc32c: int | None
+
+    def to_json(self) -> bytes:
+        return _dump(asdict(self))
+
+    @staticmethod
+    def from_json(data: bytes, head: Head, row: int, col: int, where: str) -> BlockIndex:
+        """Check `data` as the index of block (row, col) of the image of `head`."""
+        record = Record.parse(data, where)
+        record.integer("row", row, row)
+        record.integer("col", col, col)
+        rows, cols = head.tile_grid
+        tiles: dict[tuple[int, int], Tile] = {}
+        for item in record.records("tiles", BLOCK * BLOCK):
+            r = item.integer("row", row * BLOCK, min(row * BLOCK + BLOCK, rows) - 1)
+            c = item.integer("col", col * BLOCK, min(col * BLOCK + BLOCK, cols) - 1)
+            member = tile_member(r, c, head.encoding)
+            item.text("member", re.compile(re.escape(member)), f"{member!r} for this tile")
+            if (r, c) in tiles:
+                raise ValueError(f"{item.where}: tile row={r} col={c} stands there twice")
+            tiles[r, c] = Tile(r, c, member, item.integer("crc32c", 0, _CRC_MAX))
+        crc = record.integer("labels_crc32c", 0, _CRC_MAX) if head.labels else None
+        return BlockIndex(row, col, tuple(tiles.values()), crc)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """Where a block lies in its shard: bytes [offset, offset + length), headers included."""
+
+    row: int
+    col: int
+    offset: int
+    length: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """All there is to know about one stored image.
+
+    height, width: px of the stored level. tile: px. mpp: micrometres per px of the stored level.
+    level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
+    encoding: of the tiles, "jpg" or "png". group: images that belong in the same split.
+    """
+
+    name: str
+    height: int
+    width: int
+    tile: int
+    mpp: float | None
+    level: int
+    downsample: float
+    encoding: str
+    labels: bool
+    source_sha256: str
+    group: str
+    blocks: tuple[BlockEntry, ...]
+
+    @property
+    def rect(self) -> Rect:
+        return Rect(0, self.height, 0, self.width)
+
+    @property
+    def tile_grid(self) -> tuple[int, int]:
+        """(rows, cols) of tiles, those cut by the border included."""
+        return -(-self.height // self.tile), -(-self.width // self.tile)
+
+    @property
+    def block_grid(self) -> tuple[int, int]:
+        return block_grid(self.height, self.width, self.tile)
+
+    def block_rect(self, row: int, col: int) -> Rect:
+        """The pixels of block (row, col) that lie in the image."""
+        return Rect(row, row + 1, col, col + 1).scaled(BLOCK * self.tile).intersect(self.rect)
+
+    def to_json(self) -> bytes:
+        return _dump({"version": FORMAT_VERSION, "block": BLOCK, **asdict(self)})
+
+    @staticmethod
+    def from_json(data: bytes, row: ImageRow, shard_bytes: int, where: str) -> Head:
+        """Check `data` as the head of the manifest's `row`, in a shard of `shard_bytes` bytes."""
+        record = Record.parse(data, where)
+        record.integer("version", FORMAT_VERSION, FORMAT_VERSION)
+        record.text("name", re.compile(re.escape(row.name)), f"{row.name!r}, as in {MANIFEST}")
+        height = record.integer("height", row.height, row.height)
+        width = record.integer("width", row.width, row.width)
+        tile = record.integer("tile", MIN_TILE, MAX_TILE)
+        record.integer("block", BLOCK, BLOCK)
+        mpp = None if record.values.get("mpp") is None else record.number("mpp", 1e-9, 1e9)
+        if record.flag("labels") != row.labels:
+            raise record.wrong("labels", f"{row.labels}, as in {MANIFEST}")
+        rows, cols = block_grid(height, width, tile)
+        if rows * cols > MAX_BLOCKS:
+            raise record.wrong("tile", f"a size that makes at most {MAX_BLOCKS} blocks")
+        blocks: dict[tuple[int, int], BlockEntry] = {}
+        for item in record.records("blocks", rows * cols):
+            entry = _block_entry(item, (rows, cols), tile, shard_bytes)
+            blocks[entry.row, entry.col] = entry
+        if len(blocks) != rows * cols:
+            raise ValueError(
+                f"{where}: blocks names {len(blocks)} different blocks, allowed is each of the "
+                f"{rows} x {cols} blocks once"
+            )
+        return Head(
+            name=row.name,
+            height=height,
+            width=width,
+            tile=tile,
+            mpp=mpp,
+            level=record.integer("level", 0, 64),
+            downsample=record.number("downsample", 1, MAX_SIDE),
+            encoding=record.text("encoding", _ENCODING, f"one of {', '.join(ENCODINGS)}"),
+            labels=row.labels,
+            source_sha256=record.text("source_sha256", _SHA256, _SHA256_WORDS),
+            group=record.text("group", _NAME, _NAME_WORDS),
+            blocks=tuple(blocks.values()),
+        )
+
+
+def _block_entry(item: Record, grid: tuple[int, int], tile: int, shard_bytes: int) -> BlockEntry:
+    length = item.integer("length", TAR_RECORD, min(max_block_bytes(tile), shard_bytes))
+    return BlockEntry(
+        row=item.integer("row", 0, grid[0] - 1),
+        col=item.integer("col", 0, grid[1] - 1),
+        offset=item.integer("offset", 0, shard_bytes - length),
+        length=length,
+        crc32c=item.integer("crc32c", 0, _CRC_MAX),
+    )
+
+
+def block_grid(height: int, width: int, tile: int) -> tuple[int, int]:
+    """(rows, cols) of blocks of an image of height x width px."""
+    side = BLOCK * tile
+    return -(-height // side), -(-width // side)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """The manifest's row of one image.
+
+    head_offset, head_length: the bytes of the head's JSON in `shard`; head_sha256: of those bytes.
+    height, width: px. labels: whether a label raster is stored.
+    """
+
+    name: str
+    shard: str
+    head_offset: int
+    head_length: int
+    head_sha256: str
+    height: int
+    width: int
+    labels: bool
+
+    @staticmethod
+    def from_record(item: Record) -> ImageRow:
+        return ImageRow(
+            name=item.text("name", _NAME, _NAME_WORDS),
+            shard=item.text("shard", _SHARD, _SHARD_WORDS),
+            head_offset=item.integer("head_offset", 0, MAX_BYTES),
+            head_length=item.integer("head_length", 2, MAX_HEAD_BYTES),
+            head_sha256=item.text("head_sha256", _SHA256, _SHA256_WORDS),
+            height=item.integer("height", 1, MAX_SIDE),
+            width=item.integer("width", 1, MAX_SIDE),
+            labels=item.flag("labels"),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All images of a folder of shards, in the order in which they were written."""
+
+    images: tuple[ImageRow, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest: says whether two runs read the same data."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def to_json(self) -> bytes:
+        rows = [asdict(row) for row in self.images]
+        return _dump({"version": FORMAT_VERSION, "images": rows})
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> Manifest:
+        record = Record.parse(data, where)
+        version = record.values.get("version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise record.wrong("version", f"{FORMAT_VERSION}: shard the images again")
+        rows = tuple(ImageRow.from_record(item) for item in record.records("images", MAX_IMAGES))
+        if not rows:
+            raise record.wrong("images", "at least one image")
+        names: set[str] = set()
+        for row in rows:
+            if row.name in names:
+                raise ValueError(f"{where}: images has the name {row.name!r} twice")
+            names.add(row.name)
+        return Manifest(rows)
+
+
+def _dump(value: object) -> bytes:
+    """JSON of one spelling only, so that the same data gives the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

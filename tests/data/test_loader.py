@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axialtrain.data.loader import Batch, DataConfig, Loader, cut_windows
+from axialtrain.data.order import OrderState
+from axialtrain.data.region import Region, Shards, open_shards
+from axialtrain.data.store import UNLABELLED, ImageRow
+from axialtrain.grid import Layout, Rect
+
+if TYPE_CHECKING:
+    from conftest import Source
+
+
+def loader(source: Source, window: list[int] | None = None, **changes: Any) -> Loader:
+    options: dict[str, Any] = {
+        "patch": 16,
+        "mesh_shape": (1, 1),
+        "at": (0, 0),
+        "data_rank": 0,
+        "data_ranks": 1,
+        "batch": 2,
+        "micro_batch": 1,
+        "seed": 7,
+    }
+    config = DataConfig(source.url, window=window, **changes.pop("config", {}))
+    return Loader(open_shards(source.url), config, **{**options, **changes})
+
+
+def row(name: str, height: int, width: int) -> ImageRow:
+    return ImageRow(name, "s.tar", 0, 2, "0" * 64, height, width, False)
+
+
+def test_windows_cover_the_image_edge_to_edge() -> None:
+    rects = [w.rect for w in cut_windows([row("a", 100, 64)], [40, 32])]
+    assert [(r.top, r.left) for r in rects] == [
+        (0, 0), (0, 32), (40, 0), (40, 32), (60, 0), (60, 32)
+    ]  # fmt: skip
+    assert {(r.height, r.width) for r in rects} == {(40, 32)}
+    (small,) = cut_windows([row("a", 10, 32)], [40, 32])
+    assert small.rect == Rect(0, 40, 0, 32)
+    (whole,) = cut_windows([row("a", 10, 30)], None)
+    assert whole.rect == Rect(0, 10, 0, 30)
+
+
+def test_batch_is_the_image_normalised(source: Source) -> None:
+    one = loader(source, config={"mean": 0.4, "std": 0.2})
+    batch = next(one.once())
+    assert batch.ids == ("wide@0,0",)
+    assert (batch.place.height, batch.place.width) == (13, 19)
+    assert batch.place.layout is Layout.TILE
+    assert batch.pixels.shape == (1, 208, 304, 3)
+    assert batch.pixels.dtype == torch.float32
+    expected = (source.pixels["wide"] / 255 - 0.4) / 0.2
+    np.testing.assert_allclose(batch.pixels[0, :200, :300], expected, atol=1e-6)
+    assert not batch.pixels[0, 200:].any()
+    assert not batch.pixels[0, :, 300:].any()
+    assert batch.labels is not None
+    assert batch.labels.dtype == torch.uint8
+    np.testing.assert_array_equal(batch.labels[0, :200, :300], source.labels["wide"])
+    assert (batch.labels[0, 200:] == UNLABELLED).all()
+    assert batch.present[0, :200, :300].all()
+    assert batch.present.sum() == 200 * 300
+    assert batch.valid.all()
+    assert batch.weight.tolist() == [1.0]
+    assert batch.samples.dtype == torch.int64
+
+
+def test_smaller_samples_are_padded_with_invalid_tokens(source: Source) -> None:
+    batch = next(loader(source, micro_batch=3, batch=3).once())
+    assert (batch.place.height, batch.place.width) == (17, 19)  # of tall and of wide
+    for i, (height, width) in enumerate([(13, 19), (5, 4), (17, 7)]):
+        assert batch.valid[i, :height, :width].all()
+        assert batch.valid[i].sum() == height * width
+        assert not batch.pixels[i][~batch.present[i]].any()
+        assert batch.labels is not None
+        assert (batch.labels[i][~batch.present[i]] == UNLABELLED).all()
+
+
+def test_pixels_behind_the_window_are_not_read(source: Source) -> None:
+    """A window of 40 px under patches of 16: the third token has 8 px, though the image goes on."""
+    batch = next(loader(source, [40, 40]).once())
+    assert batch.pixels.shape == (1, 48, 48, 3)
+    assert batch.present.sum() == 40 * 40
+    assert batch.valid.all()
+
+
+def join(parts: dict[tuple[int, int], Batch], field: str) -> torch.Tensor:
+    """The tensors of the ranks of one mesh, put together."""
+    rows = [
+        torch.cat([getattr(parts[r, c], field) for c in sorted({c for _, c in parts})], dim=2)
+        for r in sorted({r for r, _ in parts})
+    ]
+    return torch.cat(rows, dim=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.none() | st.tuples(st.integers(33, 140), st.integers(33, 140)),
+    patch=st.sampled_from([5, 8, 11]),
+    rows=st.integers(1, 3),
+    cols=st.integers(1, 3),
+    data_ranks=st.integers(1, 3),
+    batch=st.integers(1, 5),
+    micro_batch=st.integers(1, 2),
+    seed=st.integers(0, 100),
+)
+def test_union_of_ranks_is_the_serial_read(
+    source: Source,
+    window: tuple[int, int] | None,
+    patch: int,
+    rows: int,
+    cols: int,
+    data_ranks: int,
+    batch: int,
+    micro_batch: int,
+    seed: int,
+) -> None:
+    size = None if window is None else list(window)
+    serial = loader(source, size, patch=patch, batch=batch, seed=seed)
+    samples = {}
+    for step in serial.steps(3, 5):
+        for one in step:
+            samples[int(one.samples[0])] = one
+    assert sorted(samples) == list(range(3 * batch, 5 * batch))
+
+    ranks = {
+        (d, r, c): list(
+            loader(
+                source, size, patch=patch, batch=batch, micro_batch=micro_batch, seed=seed,
+                mesh_shape=(rows, cols), at=(r, c), data_rank=d, data_ranks=data_ranks,
+            ).steps(3, 5)
+        )
+        for d in range(data_ranks) for r in range(rows) for c in range(cols)
+    }  # fmt: skip
+    seen = []
+    accumulation = -(-batch // (micro_batch * data_ranks))
+    for step in range(2):
+        for a in range(accumulation):
+            for d in range(data_ranks):
+                parts = {(r, c): ranks[d, r, c][step][a] for r in range(rows) for c in range(cols)}
+                first = parts[0, 0]
+                joined = {f: join(parts, f) for f in ("pixels", "labels", "present", "valid")}
+                for b in range(micro_batch):
+                    if not first.weight[b]:
+                        assert not joined["valid"][b].any()
+                        assert not joined["pixels"][b].any()
+                        continue
+                    sample = int(first.samples[b])
+                    seen.append(sample)
+                    expected = samples[sample]
+                    assert all(part.ids[b] == expected.ids[0] for part in parts.values())
+                    for field, whole in joined.items():
+                        want = getattr(expected, field)[0]
+                        height, width = want.shape[:2]
+                        assert torch.equal(whole[b][:height, :width], want), field
+                        # What pads it to the size of the largest of the micro-batch is missing.
+                        missing = UNLABELLED if field == "labels" else 0
+                        assert (whole[b][height:] == missing).all(), field
+                        assert (whole[b][:, width:] == missing).all(), field
+    assert sorted(seen) == sorted(samples)
+
+
+def test_positions_follow_accumulation_data_rank_and_slot(source: Source) -> None:
+    """batch 7 over 2 data ranks of 2: position j = (a * 2 + d) * 2 + b, and j = 7 is a filler."""
+    for d in range(2):
+        rank = loader(source, [70, 50], batch=7, micro_batch=2, data_rank=d, data_ranks=2)
+        assert rank.accumulation == 2
+        ((first, second),) = rank.steps(5, 6)
+        base = 5 * 7
+        if d == 0:
+            assert first.samples.tolist() == [base, base + 1]
+            assert second.samples.tolist() == [base + 4, base + 5]
+            assert second.weight.tolist() == [1.0, 1.0]
+        else:
+            assert first.samples.tolist() == [base + 2, base + 3]
+            assert second.samples.tolist() == [base + 6, base + 0]
+            assert second.weight.tolist() == [1.0, 0.0]
+            assert not second.valid[1].any()
+            assert not second.present[1].any()
+            assert second.labels is not None
+            assert (second.labels[1] == UNLABELLED).all()
+            assert second.ids[1] == rank.windows[rank.order[base]].id
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2, 3, 5])
+def test_validation_pass_has_equal_length_on_all_ranks(source: Source, data_ranks: int) -> None:
+    passes = [
+        list(
+            loader(
+                source, [64, 64], batch=1, micro_batch=2, data_rank=d, data_ranks=data_ranks
+            ).once()
+        )
+        for d in range(data_ranks)
+    ]
+    windows = loader(source, [64, 64]).windows
+    expected = -(-len(windows) // (2 * data_ranks))
+    assert [len(p) for p in passes] == [expected] * data_ranks
+    ids = [
+        batch.ids[b]
+        for k in range(expected)
+        for batch in (p[k] for p in passes)
+        for b in range(2)
+        if batch.weight[b]
+    ]
+    assert ids == [window.id for window in windows]  # each once, in plain order
+
+
+def test_a_rank_reads_only_its_part(source: Source) -> None:
+    whole = loader(source)
+    list(whole.once())
+    parts = [loader(source, mesh_shape=(2, 2), at=(r, c)) for r in range(2) for c in range(2)]
+    for part in parts:
+        list(part.once())
+        assert 0 < part.tiles_decoded < 0.4 * whole.tiles_decoded
+        assert 0 < part.bytes_read <= whole.bytes_read
+    # Patches are as large as the tiles here, so no tile is decoded by two ranks.
+    assert sum(part.tiles_decoded for part in parts) == whole.tiles_decoded
+    assert whole.tiles_decoded == 13 * 19 + 5 * 4 + 17 * 7
+
+
+def test_number_of_workers_changes_nothing(source: Source) -> None:
+    streams = [
+        list(loader(source, [64, 64], batch=3, config={"workers": w, "prefetch": p}).steps(0, 4))
+        for w, p in ((1, 0), (1, 2), (3, 5))
+    ]
+    for other in streams[1:]:
+        for got, want in zip(other, streams[0], strict=True):
+            for a, b in zip(got, want, strict=True):
+                assert a.ids == b.ids
+                assert torch.equal(a.pixels, b.pixels)
+
+
+def workers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("axialtrain-data")]
+
+
+def test_prefetch_is_bounded_and_ends_with_the_iterator(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    region = Shards.region
+
+    def counted(self: Shards, name: str, rect: Rect) -> Region:
+        read.append(name)
+        return region(self, name, rect)
+
+    monkeypatch.setattr(Shards, "region", counted)
+    steps = loader(source, [64, 64], batch=1, config={"prefetch": 2}).steps(0, 1000)
+    next(steps)
+    steps.close()
+    assert 1 <= len(read) <= 3
+    assert workers() == []
+
+
+def test_error_in_a_thread_reaches_the_consumer(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    region = Shards.region
+
+    def failing(self: Shards, name: str, rect: Rect) -> Region:
+        calls.append(name)
+        if len(calls) == 3:
+            raise ValueError("shard: byte 7: is damaged")
+        return region(self, name, rect)
+
+    monkeypatch.setattr(Shards, "region", failing)
+    got = []
+    with pytest.raises(ValueError, match="byte 7: is damaged"):
+        for step in loader(source, [64, 64], batch=1).steps(0, 10):
+            got.append(step)
+    assert len(got) == 2
+    assert workers() == []
+
+
+def test_grid_smaller_than_the_mesh_is_refused_at_once(source: Source) -> None:
+    for at in ((0, 0), (5, 0)):
+        with pytest.raises(ValueError, match=r"data\.window: sample small@0,0: a grid of 5 x 4"):
+            loader(source, mesh_shape=(6, 1), at=at)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shards", ""),
+        ("window", [1]),
+        ("window", [0, 5]),
+        ("mean", 1.5),
+        ("std", 0.0),
+        ("prefetch", -1),
+        ("workers", 0),
+    ],
+)
+def test_wrong_config_is_named(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is"):
+        DataConfig(**{"shards": "x", key: value})  # type: ignore[arg-type]
+
+
+def test_run_goes_on_where_it_stood(source: Source) -> None:
+    one = loader(source, [64, 64], batch=3)
+    state = OrderState.from_json(one.state(5).to_json())
+    assert state.next_index == 15
+    assert one.resume(state) == 5
+    with pytest.raises(ValueError, match=r"data\.shards is not what the saved run read"):
+        one.resume(replace(state, manifest="0" * 64))
+    with pytest.raises(ValueError, match="seed is 7, allowed is the saved run's 8"):
+        one.resume(replace(state, seed=8))
+    with pytest.raises(ValueError, match=r"train\.batch is 4"):
+        loader(source, [64, 64], batch=4).resume(state)

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from axialtrain.data.codec import decode, encode_png, jpeg_shape, standalone_jpeg
+from axialtrain.data.readers import open_image, tiles_of
+from axialtrain.grid import Rect
+
+SMOOTH = np.add.outer(np.arange(150), np.arange(200))[..., None] // np.array([2, 3, 4])
+PIXELS = SMOOTH.astype(np.uint8)
+
+
+def test_lossless_tiff_reads_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS, tile=(64, 64), photometric="rgb", compression="zlib")
+    with open_image(path) as image:
+        assert (image.height, image.width, image.bands, image.tile) == (150, 200, 3, 64)
+        assert (image.mpp, image.levels, image.downsample, image.jpeg) == (None, 1, 1.0, False)
+        np.testing.assert_array_equal(image.read(Rect(0, 150, 0, 200)), PIXELS)
+        outside = image.read(Rect(-5, 10, 190, 210))
+        np.testing.assert_array_equal(outside[5:, :10], PIXELS[:10, 190:])
+        assert not outside[:5].any()
+        assert not outside[:, 10:].any()
+        with pytest.raises(ValueError, match="not JPEG"):
+            image.tile_bytes(0, 0)
+        with pytest.raises(ValueError, match=r"tile is \(3, 0\), allowed"):
+            image.tile_pixels(3, 0)
+
+
+def test_jpeg_tiles_are_given_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS, tile=(64, 64), photometric="rgb", compression="jpeg")
+    with open_image(path) as image, tifffile.TiffFile(path) as tiff:
+        assert image.jpeg
+        tile = image.tile_bytes(1, 2)
+        assert tile is not None
+        assert jpeg_shape(tile) == (64, 64, 3)
+        np.testing.assert_array_equal(imagecodecs.jpeg8_decode(tile), image.tile_pixels(1, 2))
+        np.testing.assert_array_equal(image.read(Rect(0, 150, 0, 200)), tiff.asarray())
+
+
+def test_levels_and_resolution(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        kinds = {"tile": (16, 16), "photometric": "rgb", "metadata": None}
+        tiff.write(
+            PIXELS, subifds=1, resolution=(20000, 20000), resolutionunit="CENTIMETER", **kinds
+        )
+        tiff.write(PIXELS[::2, ::2], subfiletype=1, **kinds)
+    with open_image(path, 1) as image:
+        assert (image.height, image.width, image.levels) == (75, 100, 2)
+        assert image.downsample == 2.0
+        assert image.mpp == pytest.approx(1.0)
+        np.testing.assert_array_equal(image.read(Rect(0, 75, 0, 100)), PIXELS[::2, ::2])
+    with pytest.raises(ValueError, match="level is 2, allowed is 0 to 1"):
+        open_image(path, 2)
+
+
+def test_grey_jpeg_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS[..., 0], tile=(64, 64), compression="jpeg")
+    with open_image(path) as image, tifffile.TiffFile(path) as tiff:
+        assert image.bands == 1
+        np.testing.assert_array_equal(image.read(Rect(0, 150, 0, 200))[..., 0], tiff.asarray())
+
+
+def test_absent_tiles_are_told_from_black_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tiles = [np.full((64, 64, 3), 9, np.uint8), None]
+    tifffile.imwrite(
+        path, iter(tiles), shape=(64, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb"
+    )
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages[0].databytecounts[1] == 0
+    with open_image(path) as image:
+        assert image.tile_pixels(0, 1) is None
+        assert (image.read(Rect(0, 64, 0, 128), fill=3)[:, 64:] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "message"),
+    [
+        (PIXELS, {"photometric": "rgb"}, "not tiled"),
+        (PIXELS.astype(np.uint16), {"photometric": "rgb", "tile": (64, 64)}, "8 bits a band"),
+        (PIXELS, {"photometric": "rgb", "tile": (64, 32)}, "allowed are squares"),
+        (
+            PIXELS,
+            {"photometric": "rgb", "tile": (64, 64), "compression": "jpeg2000"},
+            "its compression is .*JPEG2000.*, allowed is none, LZW, JPEG",
+        ),
+        (np.zeros((64, 64, 4), np.uint8), {"photometric": "rgb", "tile": (32, 32)}, "4 bands"),
+        (
+            np.zeros((3, 64, 64), np.uint8),
+            {"photometric": "rgb", "planarconfig": "separate", "tile": (32, 32)},
+            "separate planes",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, pixels: np.ndarray, options: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, **options)
+    with pytest.raises(ValueError, match=rf"a\.tif: .*{message}"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello, world", b"II*\0", b"II*\0\xff\xff\xff\x7f"])
+def test_what_is_no_image_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.svs"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.svs: "):
+        open_image(path)
+
+
+def test_pages_in_a_circle_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS, tile=(64, 64), photometric="rgb")
+    data = bytearray(path.read_bytes())
+    first = int.from_bytes(data[4:8], "little")
+    following = first + 2 + 12 * int.from_bytes(data[first : first + 2], "little")
+    data[following : following + 4] = data[4:8]  # after the first page comes the first page
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="more than 1024 pages"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+def test_damaged_tiff_is_a_value_error(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS, tile=(64, 64), photometric="rgb", compression=compression)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        data = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+        for at in rng.integers(0, min(len(data), 1000), 4):
+            data[at] = rng.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            with open_image(path) as image:
+                image.read(Rect(0, 150, 0, 200))
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_adobe_marker_gives_rgb_tiles_their_colours() -> None:
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[..., 0] = 255
+    as_rgb = imagecodecs.jpeg8_encode(red, 95, colorspace="rgb", outcolorspace="rgb")
+    as_ycbcr = imagecodecs.jpeg8_encode(red, 95)
+    for data, rgb in ((as_rgb, True), (as_ycbcr, False)):
+        tile = standalone_jpeg(data, None, rgb=rgb)
+        assert np.abs(decode(tile, (16, 16, 3)).astype(int) - red).max() <= 3
+        assert np.abs(np.asarray(Image.open(io.BytesIO(tile))).astype(int) - red).max() <= 3
+
+
+def test_header_is_compared_before_decoding() -> None:
+    bomb = encode_png(np.zeros((4096, 4096, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"shape \(4096, 4096, 3\) where \(16, 16, 3\)"):
+        decode(bomb, (16, 16, 3))
+    with pytest.raises(ValueError, match="no JPEG"):
+        decode(b"nothing", (16, 16, 3))
+    small = encode_png(np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode(small[:40], (16, 16, 3))
+
+
+def test_tiles_of_a_rectangle() -> None:
+    found = list(tiles_of(Rect(-3, 17, 30, 99), 40, 50, 16))
+    assert [(r, c) for r, c, _ in found] == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    assert sum(part.area for _, _, part in found) == 17 * 20
+    assert list(tiles_of(Rect(40, 50, 0, 10), 40, 50, 16)) == []
+
+
+def test_slide_reads_as_tifffile_reads_it(sample: Callable[[str], Path]) -> None:
+    path = sample("CMU-1-Small-Region.svs")
+    with open_image(path) as image, tifffile.TiffFile(path) as tiff:
+        assert (image.height, image.width, image.tile) == (2967, 2220, 240)
+        assert image.mpp == pytest.approx(0.499)
+        expected = tiff.pages[0].asarray().astype(int)
+        got = image.read(Rect(0, 2967, 0, 2220)).astype(int)
+        assert np.abs(got - expected).max() <= 3
+        tile = image.tile_bytes(3, 4)
+        assert tile is not None
+        # Any standard decoder, not only ours, shows the right colours.
+        shown = np.asarray(Image.open(io.BytesIO(tile))).astype(int)
+        assert np.abs(shown - expected[720:960, 960:1200]).max() <= 3
+
+
+def test_cloud_optimised_geotiff(sample: Callable[[str], Path]) -> None:
+    path = sample("cogeo.tif")
+    with open_image(path) as image, tifffile.TiffFile(path) as tiff:
+        assert (image.height, image.tile, image.levels, image.jpeg) == (1024, 512, 7, True)
+        got = image.read(Rect(0, 1024, 0, 1024)).astype(int)
+        assert np.abs(got - tiff.pages[0].asarray()).max() <= 3
+
+
+def test_strips_are_refused(sample: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="not tiled"):
+        open_image(sample("landsat_RGB.byte.tif"))

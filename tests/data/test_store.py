@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from axialtrain.data.store import (
+    BlockEntry,
+    BlockIndex,
+    Head,
+    ImageRow,
+    Manifest,
+    Tile,
+    hilbert_order,
+    image_name,
+    tile_member,
+)
+
+ROW = ImageRow("a.b", "shard-00000.tar", 4096, 500, "0" * 64, 300, 200, False)
+HEAD = Head(
+    name="a.b",
+    height=300,
+    width=200,
+    tile=16,
+    mpp=0.5,
+    level=0,
+    downsample=1.0,
+    encoding="png",
+    labels=False,
+    source_sha256="1" * 64,
+    group="a.b",
+    blocks=tuple(
+        BlockEntry(row, col, 1024 * (row * 2 + col), 1024, 7)
+        for row in range(3)
+        for col in range(2)
+    ),
+)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (4, 4), (3, 5), (13, 10)])
+def test_hilbert_order_visits_every_block_once(grid: tuple[int, int]) -> None:
+    order = hilbert_order(*grid)
+    assert sorted(order) == [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+
+
+@pytest.mark.parametrize("side", [2, 4, 8, 16])
+def test_hilbert_order_steps_to_a_neighbour(side: int) -> None:
+    order = hilbert_order(side, side)
+    steps = [abs(a[0] - b[0]) + abs(a[1] - b[1]) for a, b in pairwise(order)]
+    assert steps == [1] * (side * side - 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("x/a b.tif", "a_b"), ("TCGA.1-2.svs", "TCGA.1-2"), ("..x.tif", "x"), ("é/ü.tif", "_")],
+)
+def test_image_names_are_safe(path: str, name: str) -> None:
+    assert image_name(path) == name
+
+
+@pytest.mark.parametrize("path", ["...", "x/-.tif", "y" * 200 + ".tif"])
+def test_image_without_a_name_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="no image name"):
+        image_name(path)
+
+
+def test_records_survive_json() -> None:
+    assert Manifest.from_json(Manifest((ROW,)).to_json(), "m").images == (ROW,)
+    assert Head.from_json(HEAD.to_json(), ROW, 1 << 20, "h") == HEAD
+    index = BlockIndex(1, 0, (Tile(8, 1, tile_member(8, 1, "png"), 5),), None)
+    assert BlockIndex.from_json(index.to_json(), HEAD, 1, 0, "b") == index
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "../up"),
+        ("name", "a/b"),
+        ("name", ".."),
+        ("name", 3),
+        ("shard", "/etc/passwd.tar"),
+        ("shard", "../other.tar"),
+        ("shard", "x.tar\n"),
+        ("head_offset", -1),
+        ("head_offset", 1.5),
+        ("head_length", 1 << 40),
+        ("head_sha256", "zz"),
+        ("height", 0),
+        ("height", True),
+        ("width", 1 << 30),
+        ("labels", 1),
+    ],
+)
+def test_hostile_manifest_row_is_named(key: str, value: object) -> None:
+    data = json.loads(Manifest((ROW,)).to_json())
+    data["images"][0][key] = value
+    with pytest.raises(ValueError, match=rf"m\.json: images\[0\]: {key} is .*allowed is"):
+        Manifest.from_json(json.dumps(data).encode(), "m.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Manifest((ROW,)).to_json()[:-5], "not JSON, or cut short"),
+        (b"[" * 100_000, "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", "where an object"),
+        (b"{}", "version is missing"),
+        (b'{"version": 2, "images": []}', "version is 2, allowed is 1"),
+        (b'{"version": 1, "images": []}', "at least one image"),
+        (Manifest((ROW, ROW)).to_json(), "twice"),
+    ],
+)
+def test_manifest_that_is_none_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Manifest.from_json(data, "m.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tile", 0),
+        ("tile", 1 << 20),
+        ("block", 4),
+        ("height", 301),
+        ("mpp", float("nan")),
+        ("encoding", "gif"),
+        ("labels", True),
+        ("name", "other"),
+        ("group", "../x"),
+        ("blocks", [{}] * 7),
+    ],
+)
+def test_hostile_head_is_named(key: str, value: object) -> None:
+    data: dict[str, Any] = json.loads(HEAD.to_json())
+    data[key] = value
+    with pytest.raises(ValueError, match=rf"^h: {key} is "):
+        Head.from_json(json.dumps(data).encode(), ROW, 1 << 20, "h")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("offset", 1 << 20), ("offset", -1), ("length", 1 << 40), ("row", 3), ("crc32c", -1)],
+)
+def test_block_outside_its_shard_is_named(key: str, value: int) -> None:
+    data: dict[str, Any] = json.loads(HEAD.to_json())
+    data["blocks"][2][key] = value
+    with pytest.raises(ValueError, match=rf"^h: blocks\[2\]: {key} is "):
+        Head.from_json(json.dumps(data).encode(), ROW, 1 << 20, "h")
+
+
+def test_every_block_must_be_there_once() -> None:
+    data: dict[str, Any] = json.loads(HEAD.to_json())
+    data["blocks"][1] = data["blocks"][0]
+    with pytest.raises(ValueError, match="each of the 3 x 2 blocks once"):
+        Head.from_json(json.dumps(data).encode(), ROW, 1 << 20, "h")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("row", 7), ("col", 9), ("member", "../../x"), ("crc32c", "0")]
+)
+def test_tile_of_another_block_is_named(key: str, value: object) -> None:
+    index = BlockIndex(1, 0, (Tile(8, 1, tile_member(8, 1, "png"), 5),), None)
+    data = json.loads(index.to_json())
+    data["tiles"][0][key] = value
+    with pytest.raises(ValueError, match=rf"tiles\[0\]: {key} is "):
+        BlockIndex.from_json(json.dumps(data).encode(), HEAD, 1, 0, "b")
