@@ -1,0 +1,110 @@
+"""Semantic segmentation: a class per pixel, cross-entropy, mIoU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from axialtrain.data.loader import Batch
+from axialtrain.models.heads import Segmenter
+from axialtrain.models.transformer import AxialTransformer
+from axialtrain.tasks.panels import Panel, image_panel
+
+IGNORE = 255  # the label of a pixel that is no target
+
+
+@dataclass
+class SegmentationConfig:
+    """classes: number of classes, labels 0..classes-1. cells: per token side, see `Segmenter`."""
+
+    classes: int = 6
+    cells: int = 1
+    name: str = "segmentation"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.classes < IGNORE:
+            raise ValueError(f"task.classes={self.classes}: allowed are 2 to {IGNORE - 1}")
+        if self.cells < 1:
+            raise ValueError(f"task.cells={self.cells}: allowed are whole numbers from 1")
+
+
+class Segmentation:
+    """Cross-entropy per pixel. Within a cell all pixels share one prediction, so the loss of its
+    pixels is exact from how many of them have each class: no per-pixel logits are ever made."""
+
+    needs_labels = True
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        self.config = config
+
+    def build(self, backbone: AxialTransformer) -> nn.Module:
+        return Segmenter(backbone, self.config.classes, self.config.cells)
+
+    def inputs(self, batch: Batch) -> tuple[object, ...]:
+        """What the model of `build` takes."""
+        return batch.pixels, batch.valid, batch.place
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(summed loss [B], number of valid pixels [B]) of this rank's tile.
+
+        logits: [B, h * cells, w * cells, classes].
+        """
+        counts = self._counts(batch, logits)
+        per_cell = -(counts * F.log_softmax(logits, dim=-1))
+        return per_cell.sum((1, 2, 3)), counts.sum((1, 2, 3))
+
+    def scores(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Statistics that add up over batches and ranks: the confusion matrix, in pixels."""
+        counts = self._counts(batch, logits) * batch.weight[:, None, None, None]
+        classes = self.config.classes
+        confusion = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)
+        predicted = logits.argmax(-1).flatten()
+        confusion.index_add_(0, predicted, counts.flatten(0, 2).double())
+        return {"confusion": confusion.T}  # [truth, predicted]
+
+    def summary(self, scores: dict[str, Tensor]) -> dict[str, float]:
+        """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
+        confusion = scores["confusion"]
+        hit = confusion.diagonal()
+        union = confusion.sum(0) + confusion.sum(1) - hit
+        seen = union > 0
+        return {
+            "miou": float((hit[seen] / union[seen]).mean()) if seen.any() else 0.0,
+            "accuracy": float(hit.sum() / confusion.sum().clamp_min(1)),
+        }
+
+    def panels(self, logits: Tensor, batch: Batch, *, mean: float, std: float) -> list[Panel]:
+        """Image, truth and prediction of the first image, at the cells' resolution; what has no
+        target is grey in both."""
+        counts = self._counts(batch, logits)[0]
+        truth = torch.where(counts.sum(-1) > 0, counts.argmax(-1), IGNORE)
+        predicted = logits[0].argmax(-1)
+        cells = self.config.cells
+        side = batch.pixels.shape[1] // max(batch.valid.shape[1], 1) // cells
+        return [
+            image_panel(batch.pixels[0], side, "image", mean=mean, std=std),
+            Panel("truth", _coloured(truth)),
+            Panel("prediction", _coloured(torch.where(truth == IGNORE, IGNORE, predicted))),
+        ]
+
+    def _counts(self, batch: Batch, logits: Tensor) -> Tensor:
+        """[B, h * cells, w * cells, classes]: how many pixels of each cell have each class."""
+        assert batch.labels is not None, "checked before the run started"
+        _, rows, cols, classes = logits.shape
+        cells = rearrange(batch.labels, "B (h p) (w q) -> B h w p q", h=rows, w=cols)
+        counts = [reduce((cells == c).float(), "B h w p q -> B h w", "sum") for c in range(classes)]
+        return torch.stack(counts, dim=-1)
+
+
+def _coloured(classes: Tensor) -> np.ndarray:
+    """[h, w] -> uint8 [h, w, 3] in matplotlib's tab10, pixels without a class in grey."""
+    table = np.full((256, 3), 90, np.uint8)
+    colours = np.asarray(mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    table[:IGNORE] = np.resize((colours * 255).astype(np.uint8), (IGNORE, 3))
+    return table[classes.cpu().numpy()]

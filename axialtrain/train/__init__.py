@@ -1,0 +1,1 @@
+"""Engine (DeepSpeed), loop, checkpoint, tracking."""

@@ -1,0 +1,107 @@
+"""A config key's way: `configs/` and the command line -> one composed config -> `RunConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import axialtrain
+from axialtrain.tasks.reconstruction import ReconstructionConfig
+from axialtrain.tasks.segmentation import SegmentationConfig
+from axialtrain.train.config import RunConfig
+
+
+def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
+    """(the checked config, the run folder, the config as YAML) of a command line of overrides.
+
+    Raises ValueError that names the key, the value and what is allowed.
+    """
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
+    store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
+    # Hydra takes a bare number for an integer, and a group's option must be a string.
+    overrides = [re.sub(r"^zero=(\d+)$", r"zero='\1'", override) for override in overrides]
+    for override in overrides:
+        # mesh=RxC for any R and C, without a file for each.
+        if shape := re.fullmatch(r"mesh=(\d+)x(\d+)", override):
+            row, col = map(int, shape.groups())
+            store.store(group="mesh", name=f"{row}x{col}", node={"row": row, "col": col})
+        elif override.startswith("mesh=") and override != "mesh=single":
+            raise ValueError(f"{override}: allowed are mesh=single and mesh=RxC, like mesh=2x3")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            composed = compose("train", overrides, return_hydra_config=True)
+            folder = Path(composed.hydra.run.dir).absolute()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_plain(error)) from error
+    OmegaConf.set_struct(composed, False)
+    composed.pop("hydra")
+    return _checked(composed), folder, OmegaConf.to_yaml(composed, resolve=True)
+
+
+def _checked(composed: DictConfig) -> RunConfig:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{missing[0]} is not set: give {missing[0]}=...")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(_plain(error)) from error
+    assert isinstance(config, RunConfig)
+    _refuse_unknown(OmegaConf.to_container(composed), config, "")
+    return config
+
+
+def _refuse_unknown(given: Any, config: Any, prefix: str) -> None:
+    """Hydra's `+key=value` adds keys that no dataclass has: nothing would read them."""
+    if not is_dataclass(config):
+        return
+    allowed = [field.name for field in fields(config)]
+    for key, value in given.items():
+        if key not in allowed:
+            raise ValueError(f"unknown key {prefix}{key}: allowed are {allowed}")
+        _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
+
+
+def config_folder() -> Path:
+    """`configs/`: inside the package when it was installed, beside it in a checkout."""
+    package = Path(axialtrain.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _plain(error: Exception) -> str:
+    """Hydra's message without the lines that speak of its own classes and search path."""
+    text = str(error)
+    if unknown := re.search(r"Could not override '([\w.]+)'", text):
+        key = unknown[1]
+        parent = key.rpartition(".")[0]
+        known = OmegaConf.structured(RunConfig)
+        node = OmegaConf.select(known, parent) if parent else known
+        allowed = f": allowed are {sorted(map(str, node))}" if isinstance(node, DictConfig) else ""
+        return f"unknown key {key}{allowed}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f"\n{error.__cause__.msg}"  # why a value was not taken
+    lines = [line.strip() for line in text.splitlines()]
+    noise = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "To append",
+        "Set the env",
+        "Config search",
+        "provider=",
+    )
+    return "; ".join(line for line in lines if line and not line.startswith(noise))

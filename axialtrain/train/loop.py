@@ -1,0 +1,194 @@
+"""The training loop: batch, forward, backward, step, log; then validation, weights and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from axialtrain.data.loader import Batch, Loader
+from axialtrain.mesh.collectives import gather_objects, sum_over
+from axialtrain.mesh.mesh import Mesh
+from axialtrain.models.transformer import AxialTransformer
+from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
+from axialtrain.tasks.panels import Panel
+from axialtrain.train.config import RunConfig
+from axialtrain.train.engine import Engine
+from axialtrain.train.schedule import learning_rate
+from axialtrain.train.track import Tracker
+
+
+class Task(Protocol):
+    """What the loop needs of a kind of label; see `axialtrain.tasks`."""
+
+    needs_labels: bool
+
+    def build(self, backbone: AxialTransformer) -> nn.Module: ...
+    def inputs(self, batch: Batch) -> tuple[object, ...]: ...
+    def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def scores(self, output: Tensor, batch: Batch) -> dict[str, Tensor]: ...
+    def summary(self, scores: dict[str, Tensor]) -> dict[str, float]: ...
+    def panels(self, output: Tensor, batch: Batch, *, mean: float, std: float) -> list[Panel]: ...
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank. validation is None where there is no held-out data;
+    tracker is None on every rank but the first."""
+
+    config: RunConfig
+    mesh: Mesh
+    task: Task
+    engine: Engine
+    loader: Loader
+    validation: Loader | None
+    tracker: Tracker | None
+    device: torch.device
+
+
+def train(run: Run) -> dict[str, float]:
+    """Run all optimizer steps. Returns the metrics of the last one, equal on all ranks."""
+    config, steps = run.config, run.config.train.steps
+    metrics: dict[str, float] = {}
+    started = time.perf_counter()
+    with tqdm(total=steps, unit="step", disable=run.tracker is None, mininterval=0.5) as bar:
+        for step, batches in enumerate(run.loader.steps(0, steps)):
+            lr = learning_rate(step, steps, config.optim.lr, config.schedule)
+            loss, norm, pixels, tokens = _step(run, batches, lr)
+            now = time.perf_counter()
+            seconds, started = now - started, now
+            metrics = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "seconds": seconds,
+                "mpx_per_s": pixels / seconds / 1e6,
+                "tokens_per_s": tokens / seconds,
+            }
+            every = config.train.validate_every
+            last = step + 1 == steps
+            if run.validation is not None and (last or (every and (step + 1) % every == 0)):
+                metrics |= validate(run)
+                started = time.perf_counter()
+            if run.tracker is not None:
+                run.tracker.log(step + 1, metrics)
+                bar.set_postfix_str(
+                    f"loss {loss:.4f}, {metrics['mpx_per_s']:.1f} Mpx/s, "
+                    f"{metrics['tokens_per_s']:.0f} tokens/s",
+                    refresh=False,
+                )
+                bar.update()
+    return metrics
+
+
+def _step(run: Run, batches: Iterable[Batch], lr: float) -> tuple[float, float, float, float]:
+    """One optimizer step: (global mean loss, gradient norm, pixels, tokens), equal on all ranks."""
+    size, accumulation = run.config.train.batch, run.loader.accumulation
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    seen = torch.zeros(2, dtype=torch.float64, device=run.device)  # pixels, tokens
+    run.engine.train()
+    for batch in batches:
+        batch = to_device(batch, run.device)
+        output = run.engine(*run.task.inputs(batch))
+        means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
+        run.engine.backward(rank_loss(means, run.mesh, batch=size, accumulation=accumulation))
+        total += means.detach().sum()
+        real = batch.weight > 0
+        seen += torch.stack([batch.present[real].sum(), batch.valid[real].sum()])
+    norm = run.engine.step(lr)
+    seen = sum_over(seen, run.mesh.replicas)
+    loss = float(shown_loss(total, run.mesh, batch=size))
+    return loss, norm, float(seen[0]), float(seen[1])
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """One pass over the held-out images: `val_loss` and the task's metrics, equal on all ranks."""
+    assert run.validation is not None
+    run.engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, images
+    scores: dict[str, Tensor] = {}
+    for batch in run.validation.once():
+        batch = to_device(batch, run.device)
+        output = run.engine(*run.task.inputs(batch))
+        means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
+        total += torch.stack([means.sum(), batch.weight.sum() / run.mesh.spatial.size]).double()
+        for name, value in run.task.scores(output, batch).items():
+            scores[name] = scores[name] + value if name in scores else value
+    total = sum_over(total, run.mesh.replicas)
+    scores = {name: sum_over(value, run.mesh.replicas) for name, value in scores.items()}
+    return {"val_loss": float(total[0] / total[1].clamp_min(1))} | run.task.summary(scores)
+
+
+@torch.no_grad()
+def picture(run: Run) -> list[Panel] | None:
+    """The task's panels of the first held-out (or else training) image, whole, on rank 0."""
+    run.engine.eval()
+    loader = run.validation or run.loader
+    with closing(loader.once()) as batches:
+        batch = to_device(next(batches), run.device)
+    output = run.engine(*run.task.inputs(batch))
+    data = run.config.data
+    panels = run.task.panels(output, batch, mean=data.mean, std=data.std)
+    parts = gather_objects((batch.place.rect, panels), run.mesh.spatial)
+    if run.tracker is None:
+        return None
+    place, whole = batch.place, []
+    for index, panel in enumerate(panels):
+        scale = panel.pixels.shape[0] // place.rect.height
+        canvas = np.zeros((place.height * scale, place.width * scale, 3), np.uint8)
+        for rect, tile in parts:
+            scaled = rect.scaled(scale)
+            canvas[scaled.top : scaled.bottom, scaled.left : scaled.right] = tile[index].pixels
+        whole.append(replace(panel, pixels=canvas))
+    return whole
+
+
+def reading(run: Run) -> list[dict[str, int]]:
+    """What every rank has read and decoded, in rank order."""
+    loaders = [run.loader] + ([run.validation] if run.validation is not None else [])
+    mine = {
+        **run.mesh.coordinates,
+        "bytes_read": sum(loader.bytes_read for loader in loaders),
+        "tiles_decoded": sum(loader.tiles_decoded for loader in loaders),
+    }
+    return gather_objects(mine, run.mesh.world)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return replace(
+        batch,
+        pixels=batch.pixels.to(device),
+        labels=None if batch.labels is None else batch.labels.to(device),
+        present=batch.present.to(device),
+        valid=batch.valid.to(device),
+        weight=batch.weight.to(device),
+    )
+
+
+def report(folder: Path, metrics: dict[str, float]) -> str:
+    """The last words of a run: its figures, and what lies where."""
+    figures = ", ".join(
+        f"{name} {metrics[name]:.4f}"
+        for name in ("loss", "val_loss", "miou", "accuracy")
+        if name in metrics
+    )
+    files = {
+        "config.yaml": "the composed config",
+        "metrics.jsonl": "one line a step",
+        "reading.json": "bytes read and tiles decoded by each rank",
+        "loss.png": "the loss curve",
+        "prediction.png": "pictures, side by side",
+        "weights/": "the weights, as safetensors with an index",
+    }
+    lines = [f"\n{figures}", f"in {folder}:"]
+    return "\n".join(lines + [f"  {name:<15} {what}" for name, what in files.items()])

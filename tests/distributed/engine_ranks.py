@@ -1,0 +1,299 @@
+"""Training on ranks, and the same steps in plain torch without DeepSpeed, for any small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axialtrain.grid import Layout, Place, Rect
+from axialtrain.mesh.collectives import sum_over
+from axialtrain.mesh.exchange import Exchange
+from axialtrain.mesh.mesh import Mesh, MeshConfig
+from axialtrain.mesh.parallelize import parallelize
+from axialtrain.train import checkpoint
+from axialtrain.train.checkpoint import save_weights
+from axialtrain.train.engine import Engine, OptimConfig, ZeroConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its batches; the functions belong to a module, so that ranks can import them.
+
+    build: the serial model, (inputs, place) -> logits [B, h, w, classes].
+    batch: of an optimizer step: (inputs, targets [B, H, W], valid [B, H, W]) of the whole images.
+    cut: the part of inputs in a rectangle of tokens.
+    """
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[Tensor, Tensor, Tensor]]
+    cut: Callable[[Tensor, Rect], Tensor]
+
+
+@dataclass
+class Trained:
+    losses: list[float]  # of each step, of the whole batch
+    norms: list[float]  # of the gradient, before clipping
+    weights: dict[str, Tensor]
+
+
+# --- A toy like our models ------------------------------------------------------------------------
+
+HEIGHT, WIDTH, IMAGES = 7, 5, 4
+DIM, HEADS, HIDDEN, CHANNELS, CLASSES = 10, 2, 14, 3, 3  # no size of it divides by 4
+
+
+class Attention(nn.Module):
+    """Attention along rows, on whole rows. qkv is packed head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = DIM // HEADS
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.proj = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, h, w, _ = x.shape
+        qkv = self.qkv(x).view(images * h, w, -1, 3, self.head_dim).transpose(1, 2)
+        out = F.scaled_dot_product_attention(*qkv.unbind(3))
+        return self.proj(out.transpose(1, 2).reshape(images, h, w, -1))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(DIM, HIDDEN)
+        self.fc2 = nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchange = Exchange()
+        self.norm1 = nn.LayerNorm(DIM)
+        self.attn = Attention()
+        self.norm2 = nn.LayerNorm(DIM)
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = self.exchange(x, place, Layout.ROWS)
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.exchange(x, place.under(Layout.ROWS), Layout.TILE)
+
+
+class Toy(nn.Module):
+    """tokens [B, h, w, CHANNELS] under TILE -> logits [B, h, w, CLASSES] under TILE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(CHANNELS, DIM)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(DIM, CLASSES)
+        self.frozen = nn.Parameter(torch.linspace(0.5, 1.5, DIM), requires_grad=False)
+        self.register_buffer("offset", torch.arange(CLASSES) / 10)
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = self.embed(x) * self.frozen
+        for layer in self.layers:
+            x = layer(x, place)
+        return self.head(x) + self.offset
+
+
+def build_toy() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Toy()
+
+
+def toy_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(IMAGES, HEIGHT, WIDTH, CHANNELS, generator=generator)
+    targets = torch.randint(CLASSES, (IMAGES, HEIGHT, WIDTH), generator=generator)
+    # Images of unequal valid counts, one of them of none.
+    shares = torch.tensor([0.9, 0.5, 0.1, 0.0]).roll(step).view(-1, 1, 1)
+    valid = torch.rand(IMAGES, HEIGHT, WIDTH, generator=generator) < shares
+    return x, targets, valid
+
+
+def cut_tokens(x: Tensor, rect: Rect) -> Tensor:
+    return x[:, rect.top : rect.bottom, rect.left : rect.right]
+
+
+TOY = Task(build_toy, toy_batch, cut_tokens)
+
+
+# --- Plain torch ----------------------------------------------------------------------------------
+
+
+def serial_steps(task: Task, optim: OptimConfig, rates: list[float]) -> Trained:
+    """One step at each learning rate, on the whole batch at once."""
+    model = task.build()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if optim.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]))
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=optim.momentum)
+    losses, norms = [], []
+    for step, rate in enumerate(rates):
+        inputs, targets, valid = task.batch(step)
+        place = Place(targets.shape[1], targets.shape[2])
+        errors = _errors(model(inputs, place), targets, valid)
+        loss = (errors / valid.sum((1, 2)).clamp(min=1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        limit = optim.clip or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
+        losses.append(loss.item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return Trained(losses, norms, weights)
+
+
+def _errors(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """[B]: the sum of the cross-entropy over the valid tokens of each image."""
+    errors = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
+    return errors.where(valid, 0).sum((1, 2))
+
+
+# --- On ranks -------------------------------------------------------------------------------------
+
+
+def train_steps(
+    task: Task,
+    mesh: MeshConfig,
+    zero: ZeroConfig,
+    optim: OptimConfig,
+    rates: list[float],
+    accumulation: int = 2,
+    folder: Path | None = None,
+) -> Trained:
+    """The same steps on this rank's part; then saves the weights to `folder`, if there is one.
+
+    Between steps, as a run does, it validates and gathers the weights.
+    """
+    axes = Mesh(**mesh.degrees)
+    images = len(task.batch(0)[1])
+    micro_batch = images // (mesh.data * accumulation)
+    engine = Engine(
+        parallelize(task.build(), axes),
+        axes,
+        optim=optim,
+        zero=zero,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )
+    engine.train()
+    trained = Trained([], [], {})
+    for step, rate in enumerate(rates):
+        inputs, targets, valid = task.batch(step)
+        place = axes.place(targets.shape[1], targets.shape[2])
+        shown = 0.0
+        for part in range(accumulation):
+            first = (part * mesh.data + axes.coordinates["data"]) * micro_batch
+            mine = slice(first, first + micro_batch)
+            local = cut_tokens(valid[mine], place.rect)
+            errors = _errors(
+                engine(task.cut(inputs[mine], place.rect), place),
+                cut_tokens(targets[mine], place.rect),
+                local,
+            )
+            count = sum_over(local.sum((1, 2)), axes.spatial)
+            scale = mesh.data * accumulation * mesh.row * mesh.col / images
+            loss = scale * (errors / count.clamp(min=1)).sum()
+            engine.backward(loss)
+            shown += loss.item() / accumulation
+        trained.norms.append(engine.step(rate))
+        whole = sum_over(torch.tensor(shown), axes.replicas) / axes.replicas.size
+        trained.losses.append(whole.item())
+        engine.eval()
+        with torch.no_grad():
+            engine(task.cut(inputs, place.rect), place)
+        engine.train()
+        trained.weights = dict(engine.weights())
+    if folder is not None:
+        save_weights(engine, folder, state={"step": len(rates)})
+    engine.close()
+    return trained
+
+
+def toy_engine(mesh: MeshConfig, stage: int) -> Engine:
+    axes = Mesh(**mesh.degrees)
+    return Engine(
+        parallelize(build_toy(), axes),
+        axes,
+        optim=OptimConfig("sgd", weight_decay=0.1),
+        zero=ZeroConfig(stage, persistence_threshold=0),
+        micro_batch=1,
+        accumulation=1,
+    )
+
+
+def step_on_nan(stage: int) -> tuple[str, bool]:
+    """A gradient that is not finite on one rank: what is raised, and whether weights changed."""
+    engine = toy_engine(MeshConfig(row=2), stage)
+    before = dict(engine.weights())
+    place = engine.mesh.place(HEIGHT, WIDTH)
+    x = cut_tokens(toy_batch(0)[0], place.rect)
+    x[..., 0] *= float("nan") if dist.get_rank() == 1 else 1.0
+    engine.backward(engine(x, place).sum())
+    raised = ""
+    try:
+        engine.step(0.1)
+    except FloatingPointError as error:
+        raised = str(error)
+    changed = any(not torch.equal(before[name], value) for name, value in engine.weights())
+    engine.close()
+    return raised, changed
+
+
+def save_fails_on_one(folder: Path, rank: int, what: str) -> str:
+    """`what` of checkpoint.py fails on `rank`: what this rank raises. Then a save succeeds."""
+
+    def disk_full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "planted")
+
+    engine = toy_engine(MeshConfig(row=2), stage=1)
+    raised = ""
+    planted = disk_full if dist.get_rank() == rank else getattr(checkpoint, what)
+    with patch.object(checkpoint, what, planted):
+        try:
+            save_weights(engine, folder, state={})
+        except OSError as error:
+            raised = str(error)
+    dist.barrier()  # rank 0 clears up after the others were told
+    left = list(folder.parent.iterdir())
+    dist.barrier()
+    assert not left, f"{left} should not be there"
+    save_weights(engine, folder, state={})
+    engine.close()
+    return raised
+
+
+def save_to(folder: Path) -> str:
+    """What saving to `folder` raises on this rank."""
+    engine = toy_engine(MeshConfig(row=2), stage=0)
+    try:
+        save_weights(engine, folder, state={})
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.close()
+    return ""
