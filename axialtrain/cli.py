@@ -1,0 +1,137 @@
+"""The `axialtrain` command: the only place that puts rooms together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+QUICKSTART = {"train": 24, "validation": 4}  # scenes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. A ValueError becomes one message and status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.command(parsed))
+    except ValueError as error:
+        # Under torchrun every rank refuses the same thing for the same reason: said once.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"axialtrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("axialtrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="axialtrain",
+        description="Axial-attention transformers on gigapixel images, on any mesh.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    shard = commands.add_parser("shard", help="turn tiled TIFF and SVS images into shards")
+    shard.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    shard.add_argument("--out", required=True, type=Path, metavar="DIR")
+    shard.add_argument(
+        "--labels",
+        nargs="+",
+        type=Path,
+        metavar="RASTER",
+        help="label rasters of the images' size, one for each image, in the same order",
+    )
+    shard.set_defaults(command=_shard)
+
+    scene = commands.add_parser("scene", help="draw labelled scenes that need long range")
+    scene.add_argument("--out", required=True, type=Path, metavar="DIR")
+    scene.add_argument("--count", type=int, default=1)
+    scene.add_argument("--size", type=int, default=4096, help="side in pixels")
+    scene.add_argument("--seed", type=int, default=0)
+    scene.set_defaults(command=_scene)
+
+    train = commands.add_parser(
+        "train",
+        help="train: experiment=NAME [key=value ...]",
+        description="Composes configs/ with Hydra. Starts as many local processes as the mesh "
+        "needs, or uses those of torchrun or deepspeed.",
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(command=_train)
+
+    quickstart = commands.add_parser(
+        "quickstart", help="scenes, shards and a trained model in the current folder"
+    )
+    quickstart.add_argument("overrides", nargs="*", metavar="key=value")
+    quickstart.set_defaults(command=_quickstart)
+    return parser
+
+
+def _shard(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.shard import shard_images
+
+    print(shard_images(parsed.images, parsed.out, labels=parsed.labels))
+    return 0
+
+
+def _scene(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.scene import draw_scenes
+
+    for image, labels in draw_scenes(
+        parsed.out, count=parsed.count, size=parsed.size, seed=parsed.seed
+    ):
+        print(image, labels)
+    return 0
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    import torch
+
+    # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from axialtrain.launch.local import processes_of_outer_launcher, start
+    from axialtrain.train.compose import compose_run
+    from axialtrain.train.run import check, run
+
+    config, folder, text = compose_run(parsed.overrides)
+    started = processes_of_outer_launcher()
+    check(config, folder, started)
+    if started is None:
+        return start(run, (config, folder, text), config.mesh.size)
+    run(config, folder, text)
+    return 0
+
+
+def _quickstart(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.scene import ceiling, draw_scenes
+    from axialtrain.data.shard import shard_images
+
+    for seed, (split, count) in enumerate(QUICKSTART.items()):
+        shards = Path("shards") / split
+        if (shards / "manifest.json").exists():
+            print(f"{shards} is there already: used as it is")
+            continue
+        print(f"drawing {count} scenes for {split}")
+        scenes = draw_scenes(Path("scenes") / split, count=count, size=4096, seed=seed)
+        print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
+    parsed.overrides = ["experiment=quickstart", *parsed.overrides]
+    status = _train(parsed)
+    if status == 0:
+        print(
+            f"\nA model without long range reaches at most mIoU {ceiling():.3f} on these scenes: "
+            "nothing near a parcel tells its class.\n"
+            "Look at prediction.png and loss.png there. Then try:\n"
+            "  axialtrain train experiment=quickstart mesh=1x4   # same numbers\n"
+            "  axialtrain train experiment=quickstart zero=3 train.steps=20\n"
+            "  axialtrain shard SLIDE.svs --out shards/slide && \\\n"
+            "    axialtrain train experiment=reconstruct data.shards=shards/slide mesh=2x2"
+        )
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

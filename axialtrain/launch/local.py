@@ -1,0 +1,75 @@
+"""As many local processes as the mesh needs, where no outer launcher started us."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+from torch.distributed import TCPStore
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+
+def processes_of_outer_launcher() -> int | None:
+    """WORLD_SIZE of torchrun or deepspeed; None where nobody started us as a rank."""
+    world = os.environ.get("WORLD_SIZE")
+    return None if world is None else int(world)
+
+
+def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> int:
+    """fn(*arguments) in `processes` new processes, which find each other through our store.
+
+    Returns an exit status: 0, or the failing rank's, whose message was printed. When one rank
+    fails, the others are ended. fn must be importable, its arguments picklable.
+    """
+    # The parent holds the store, as torchrun's agent does: no port is guessed and lost to a race.
+    # torch reports each of the others that it ends when one fails: the one that failed says why.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.start_processes(
+        _rank, (processes, store.port, fn, arguments), nprocs=processes, join=False
+    )
+    try:
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
+        if error.signal_name is not None:
+            print(
+                f"axialtrain: rank {error.error_index} died: {error.signal_name}", file=sys.stderr
+            )
+        return error.exit_code or 1
+    except ProcessRaisedException as error:
+        print(f"axialtrain: rank {error.error_index} failed:\n{error.msg}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join()
+        print(
+            "axialtrain: interrupted; what is in the run folder is complete lines", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # env:// then connects to our store as a client
+    )
+    try:
+        fn(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        print(f"axialtrain: rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
