@@ -40,7 +40,7 @@ def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) ->
             print(
                 f"axialtrain: rank {error.error_index} died: {error.signal_name}", file=sys.stderr
             )
-        return error.exit_code or 1
+        return max(error.exit_code, 1)  # of a signal it is negative
     except ProcessRaisedException as error:
         print(f"axialtrain: rank {error.error_index} failed:\n{error.msg}", file=sys.stderr)
         return 1

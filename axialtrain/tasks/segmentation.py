@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,13 @@ from axialtrain.models.transformer import AxialTransformer
 from axialtrain.tasks.panels import Panel, image_panel
 
 IGNORE = 255  # the label of a pixel that is no target
+COLOURS = np.array(  # matplotlib's tab10
+    [
+        (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+        (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
+    ],
+    np.uint8,
+)  # fmt: skip
 
 
 @dataclass
@@ -103,8 +109,7 @@ class Segmentation:
 
 
 def _coloured(classes: Tensor) -> np.ndarray:
-    """[h, w] -> uint8 [h, w, 3] in matplotlib's tab10, pixels without a class in grey."""
+    """[h, w] -> uint8 [h, w, 3], pixels without a class in grey."""
     table = np.full((256, 3), 90, np.uint8)
-    colours = np.asarray(mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
-    table[:IGNORE] = np.resize((colours * 255).astype(np.uint8), (IGNORE, 3))
+    table[:IGNORE] = np.resize(COLOURS, (IGNORE, 3))
     return table[classes.cpu().numpy()]

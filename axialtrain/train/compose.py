@@ -32,12 +32,15 @@ def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
     store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
     # Hydra takes a bare number for an integer, and a group's option must be a string.
     overrides = [re.sub(r"^zero=(\d+)$", r"zero='\1'", override) for override in overrides]
+    named = {path.stem for path in (config_folder() / "mesh").glob("*.yaml")}
     for override in overrides:
-        # mesh=RxC for any R and C, without a file for each.
+        # mesh=RxC for any R and C, without a file for each; configs/mesh holds named ones.
+        if override.removeprefix("mesh=") in named:
+            continue
         if shape := re.fullmatch(r"mesh=(\d+)x(\d+)", override):
             row, col = map(int, shape.groups())
             store.store(group="mesh", name=f"{row}x{col}", node={"row": row, "col": col})
-        elif override.startswith("mesh=") and override != "mesh=single":
+        elif override.startswith("mesh="):
             raise ValueError(f"{override}: allowed are mesh=single and mesh=RxC, like mesh=2x3")
     GlobalHydra.instance().clear()
     try:

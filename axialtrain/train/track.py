@@ -7,14 +7,16 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-import wandb
 import yaml
-from matplotlib.figure import Figure
 
 from axialtrain.tasks.panels import Panel
+
+# matplotlib and wandb are imported where they are used: they take a second, rank 0 alone needs
+# them, and a wrong key must be refused before.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "offline", "online", "disabled")
@@ -50,6 +52,8 @@ class Tracker:
 
     def prediction(self, panels: list[Panel], title: str) -> Path:
         """The panels side by side, prediction.png."""
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(5 * len(panels), 5.4), layout="constrained")
         for axes, panel in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -62,6 +66,8 @@ class Tracker:
 
     def close(self) -> None:
         """Draw loss.png and end the W&B run."""
+        from matplotlib.figure import Figure
+
         self._lines.close()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
@@ -76,16 +82,19 @@ class Tracker:
     def _save(self, figure: Figure, name: str) -> Path:
         path = self.folder / name
         temporary = path.with_suffix(".tmp.png")
-        with mpl.rc_context({"savefig.dpi": 120}):
-            figure.savefig(temporary)
+        figure.savefig(temporary, dpi=120)
         os.replace(temporary, path)
         if self._wandb is not None:
+            import wandb
+
             self._wandb.log({name.removesuffix(".png"): wandb.Image(str(path))})
         return path
 
 
 def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -> Any:
     """A W&B run, or None. Never asks a question and never fails the run."""
+    import wandb
+
     mode = os.environ.get("WANDB_MODE", config.mode)
     if mode == "disabled":
         return None

@@ -1,0 +1,58 @@
+"""Real images, where they lie beside the checkout, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def slide() -> Path:
+    path = SHARED / "CMU-1-Small-Region.svs"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not beside the checkout in shared/data")
+    return path
+
+
+@pytest.fixture(scope="session")
+def axialtrain() -> Command:
+    """axialtrain(*arguments, cwd=, timeout=, **environment): the finished process."""
+
+    def run(
+        *arguments: object, cwd: Path, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        return subprocess.run(
+            [sys.executable, "-m", "axialtrain.cli", *map(str, arguments)],
+            cwd=cwd,
+            env=clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labelled scenes of 512 px, as shards."""
+    from axialtrain.data.scene import draw_scenes
+    from axialtrain.data.shard import shard_images
+
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes = draw_scenes(folder / "scenes", count=2, size=512, seed=0)
+    images, labels = zip(*scenes, strict=True)
+    shard_images(images, folder / "shards", labels=labels, progress=False)
+    return folder / "shards"

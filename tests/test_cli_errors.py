@@ -1,0 +1,88 @@
+"""Bad input: one clear message and a non-zero exit, on every rank, at once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from axialtrain.cli import main
+from axialtrain.data.scene import draw_scenes
+from axialtrain.data.shard import shard_images
+
+BASE = ["experiment=quickstart", "data.validation=null", "model.dim=16"]
+
+
+def train(shards, *overrides):
+    return ["train", *BASE, f"data.shards={shards}", *overrides]
+
+
+BAD = {
+    "experiment": (["experiment=nope"], "nope"),
+    "key": (["train.stepz=3"], "unknown key train.stepz: allowed are"),
+    "added key": (["+train.stepz=3"], "unknown key train.stepz: allowed are"),
+    "value": (["train.steps=0"], "train.steps=0: allowed are"),
+    "type": (["train.steps=many"], "train.steps=many"),
+    "heads": (["mesh.tensor=3"], "mesh.tensor=3 does not divide model.heads=4"),
+    "grid": (["mesh=1x17"], "16 x 16 tokens is smaller than mesh row=1 col=17"),
+    "mesh": (["mesh=2by2"], "mesh=2by2: allowed are"),
+    "cells": (["task.cells=5"], "task.cells=5 does not divide model.patch=32"),
+    "pattern": (["model.axial_config.pattern=[diagonal]"], "unknown pass 'diagonal'"),
+    "window": (["data.window=[0,4]"], "data.window"),
+    "shards": (["data.shards=nowhere"], "nowhere"),
+    "finished run": (["hydra.run.dir={finished}"], "holds a finished run"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD.values(), ids=BAD)
+def test_a_bad_override(
+    small_shards, tmp_path, tmp_path_factory, monkeypatch, capsys, overrides, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    finished = tmp_path_factory.mktemp("finished")
+    (finished / "weights").mkdir()
+    overrides = [override.format(finished=finished) for override in overrides]
+    assert main(train(small_shards, *overrides)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("axialtrain: ")
+    assert message in line
+    assert not list(tmp_path.iterdir()), "nothing was started, so nothing is left"
+
+
+def test_shards_without_labels(axialtrain, tmp_path):
+    image, _ = draw_scenes(tmp_path, count=1, size=512, seed=0)[0]
+    shard_images([image], tmp_path / "shards", progress=False)
+    refused(axialtrain, train("shards"), tmp_path, "data.shards=shards: has no labels")
+
+
+def test_a_file_that_is_no_image(axialtrain, tmp_path):
+    (tmp_path / "notes.tif").write_text("not an image")
+    refused(axialtrain, ["shard", "notes.tif", "--out", "out"], tmp_path, "notes.tif")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_empty_shard_folder(axialtrain, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(axialtrain, train("empty"), tmp_path, "manifest")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mesh_that_does_not_match_the_processes(axialtrain, small_shards, tmp_path, rank):
+    """As torchrun starts it; each rank refuses by itself, without waiting for the others."""
+    message = "needs 4 processes, 2 were started" if rank == 0 else ""
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    refused(axialtrain, train(small_shards, "mesh=2x2"), tmp_path, message, **environment)
+
+
+def refused(axialtrain, command, folder, message, **environment):
+    started = time.monotonic()
+    done = axialtrain(*command, cwd=folder, timeout=60, **environment)
+    assert time.monotonic() - started < 10
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
+    if message:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
