@@ -1,4 +1,9 @@
-"""A block as it was fetched: its tar members, checked, and painted into a rectangle of pixels."""
+"""A block as it was fetched: its tar members, checked, and painted into a rectangle of pixels.
+
+The block's CRC-32C covers headers, index, tiles and labels at once, so those of the single members
+are compared only to say which of them is damaged. They are stored for other readers, which take
+the shards apart without our directory of blocks.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,15 @@ from numpy.typing import NDArray
 
 from axialtrain.data.codec import Pixels, decode
 from axialtrain.data.store import (
+    LABELS,
+    MANIFEST,
     TAR_RECORD,
     BlockEntry,
     BlockIndex,
     Head,
     Tile,
     block_key,
+    count_classes,
 )
 from axialtrain.grid import Rect
 
@@ -40,11 +48,14 @@ class Block:
     members: dict[str, Member]
 
     @staticmethod
-    def parse(data: memoryview, head: Head, entry: BlockEntry, path: str) -> Block:
-        """The block of `entry` from its bytes; ValueError naming shard, offset and member."""
+    def parse(data: bytes, head: Head, entry: BlockEntry, path: str) -> Block:
+        """The block of `entry` from its bytes; ValueError naming shard and offset.
+
+        Where it can be told it names the member, too.
+        """
         prefix = f"{block_key(head.name, head.level, entry.row, entry.col)}."
         members = {}
-        for name, member in _tar_members(data, path, entry.offset):
+        for name, member in _tar_members(memoryview(data), path, entry.offset):
             if not name.startswith(prefix):
                 raise ValueError(
                     f"{path}: byte {member.offset}: member {name!r} stands there, allowed are "
@@ -55,7 +66,11 @@ class Block:
             raise ValueError(f"{path}: byte {entry.offset}: block has no member {prefix}json")
         where = f"{path}: byte {members['json'].offset}: member {prefix}json"
         index = BlockIndex.from_json(bytes(members["json"].data), head, entry.row, entry.col, where)
-        return Block(head, path, index, members)
+        block = Block(head, path, index, members)
+        if google_crc32c.value(data) != entry.crc32c:
+            where = block._damaged() or f"{path}: byte {entry.offset}: block {prefix[:-1]}"
+            raise ValueError(f"{where}: is damaged (its CRC-32C is not the stored one)")
+        return block
 
     def tiles(self, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
         """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
@@ -70,7 +85,7 @@ class Block:
         shape = (self.head.tile, self.head.tile, 3)
         count = 0
         for tile, whole, part in self.tiles(rect):
-            decoded = self._decode(tile.member, tile.crc32c, shape)
+            decoded = self._decode(tile.member, shape)
             pixels[part.slices(rect)] = decoded[part.slices(whole)]
             present[part.slices(rect)] = True
             count += 1
@@ -78,27 +93,40 @@ class Block:
 
     def paint_labels(self, labels: Pixels, rect: Rect) -> None:
         """Copy the labels that `rect` meets into `labels`; an absent tile has none."""
-        if self.index.labels_crc32c is None:
+        if self.head.classes is None:
             return
         block = self.head.block_rect(self.index.row, self.index.col)
-        shape = (block.height, block.width, 1)
-        raster = self._decode("labels.png", self.index.labels_crc32c, shape)[..., 0]
+        raster = self._decode(LABELS, (block.height, block.width, 1))[..., 0]
+        if count_classes(raster) > self.head.classes:
+            raise ValueError(
+                f"{self._where(LABELS)}: has label {count_classes(raster) - 1}, allowed is below "
+                f"the {self.head.classes} classes in {MANIFEST}"
+            )
         for _, _, part in self.tiles(rect):
             labels[part.slices(rect)] = raster[part.slices(block)]
 
-    def _decode(self, name: str, crc32c: int, shape: tuple[int, int, int]) -> Pixels:
-        key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
+    def _damaged(self) -> str | None:
+        """Where the first member is whose CRC-32C is not the one in the index."""
+        stored = {tile.member: tile.crc32c for tile in self.index.tiles}
+        if self.index.labels_crc32c is not None:
+            stored[LABELS] = self.index.labels_crc32c
+        for name, member in self.members.items():
+            if name in stored and google_crc32c.value(bytes(member.data)) != stored[name]:
+                return self._where(name)
+        return None
+
+    def _decode(self, name: str, shape: tuple[int, int, int]) -> Pixels:
         if name not in self.members:
+            key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
             raise ValueError(f"{self.path}: member {key}.{name} is missing from its block")
-        member = self.members[name]
-        where = f"{self.path}: byte {member.offset}: member {key}.{name}"
-        data = bytes(member.data)
-        if google_crc32c.value(data) != crc32c:
-            raise ValueError(f"{where}: is damaged (its CRC-32C is not the stored one)")
         try:
-            return decode(data, shape)
+            return decode(bytes(self.members[name].data), shape)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{self._where(name)}: {error}") from error
+
+    def _where(self, name: str) -> str:
+        key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
+        return f"{self.path}: byte {self.members[name].offset}: member {key}.{name}"
 
 
 def _tar_members(data: memoryview, path: str, offset: int) -> Iterator[tuple[str, Member]]:

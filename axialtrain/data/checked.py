@@ -49,6 +49,12 @@ class Record:
             raise self.wrong(key, f"an integer from {low} to {high}")
         return value
 
+    def integer_or_none(self, key: str, low: int, high: int) -> int | None:
+        """The integer at `key`, within low..high inclusive, or None where null stands there."""
+        if key in self.values and self.values[key] is None:
+            return None
+        return self.integer(key, low, high)
+
     def number(self, key: str, low: float, high: float) -> float:
         """The finite number at `key`, within low..high inclusive."""
         value = self.values.get(key)
@@ -57,12 +63,6 @@ class Record:
         if not low <= value <= high:  # false for NaN, too
             raise self.wrong(key, f"a number from {low} to {high}")
         return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.values.get(key)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
 
     def text(self, key: str, pattern: re.Pattern[str], allowed: str) -> str:
         """The string at `key`, all of it matching `pattern`, which `allowed` puts into words."""

@@ -7,8 +7,9 @@ process reads. There is no collective here.
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from axialtrain.data.order import Order, OrderState
 from axialtrain.data.region import Shards
 from axialtrain.data.store import UNLABELLED, ImageRow
 from axialtrain.grid import Place, Rect, tokens_across
+
+MAX_WINDOWS = 10_000_000  # a list of them takes some 3 GB
+_PIXEL_BYTES = 3 * 4 + 1  # of Batch.pixels and Batch.present
 
 
 @dataclass
@@ -107,12 +111,20 @@ class _Slot:
     filler: bool
 
 
-def cut_windows(images: Iterable[ImageRow], size: Sequence[int] | None) -> list[Window]:
+def cut_windows(images: Sequence[ImageRow], size: Sequence[int] | None) -> list[Window]:
     """The windows of `images`, of size (height, width) px; None: each image is one window.
 
     They lie edge to edge; the last of a line moves back inside the image, and so overlaps the one
-    before. An image smaller than the window gives one that reaches outside.
+    before. An image smaller than the window gives one that reaches outside. ValueError if they are
+    more than can be listed.
     """
+    if size is not None:
+        count = sum(-(-image.height // size[0]) * -(-image.width // size[1]) for image in images)
+        if count > MAX_WINDOWS:
+            raise ValueError(
+                f"data.window is {list(size)}, which makes {count} windows of {len(images)} "
+                f"images, allowed are at most {MAX_WINDOWS}"
+            )
     windows = []
     for image in images:
         height, width = (image.height, image.width) if size is None else (size[0], size[1])
@@ -129,6 +141,49 @@ def _starts(length: int, window: int) -> list[int]:
     return starts
 
 
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Steps:
+    """Optimizer steps, each an iterator of its micro-batches, which are read as they are taken.
+
+    A step must be taken to its end before the next. `close`, or an error in reading, ends the
+    threads that read; so does dropping it and its steps.
+    """
+
+    def __init__(
+        self, batches: Generator[Batch, None, None], steps: int, accumulation: int
+    ) -> None:
+        self._batches = batches
+        self._steps = steps
+        self._accumulation = accumulation
+        self._left = 0  # micro-batches of the step that was handed out last
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> Iterator[Batch]:
+        if self._left:
+            raise RuntimeError(f"{self._left} micro-batches of the step before are not taken yet")
+        if self._steps <= 0:
+            self.close()
+            raise StopIteration
+        self._steps -= 1
+        self._left = self._accumulation
+        return self._step()
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def _step(self) -> Iterator[Batch]:
+        while self._left:
+            batch = next(self._batches)
+            self._left -= 1
+            yield batch
+
+
 class Loader:
     """The batches of one rank.
 
@@ -137,8 +192,8 @@ class Loader:
     batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
 
     accumulation: micro-batches of one optimizer step. bytes_read, tiles_decoded: for the batches
-    that were handed out. ValueError, alike on all ranks, if any window's grid is smaller than the
-    mesh.
+    that were handed out. ValueError, alike on all ranks, if the windows are too many, if any one's
+    grid is smaller than the mesh, or if what a rank holds of them is more than a machine's memory.
     """
 
     def __init__(
@@ -178,22 +233,16 @@ class Loader:
         self.order = Order(len(self.windows), seed)
         self.bytes_read = 0
         self.tiles_decoded = 0
-        for window in self.windows:
-            try:
-                self._place([window])
-            except ValueError as error:
-                raise ValueError(f"data.window: sample {window.id}: {error}") from None
+        self._check_sizes()
 
-    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
+    def steps(self, first: int, last: int) -> Steps:
         """For each optimizer step first..last-1, its micro-batches on this data rank."""
         jobs = (
             self._slots_of_step(step, accumulated)
             for step in range(first, last)
             for accumulated in range(self.accumulation)
         )
-        with closing(self._ahead(jobs)) as batches:
-            for _ in range(first, last):
-                yield list(islice(batches, self.accumulation))
+        return Steps(self._ahead(jobs), last - first, self.accumulation)
 
     def once(self) -> Generator[Batch, None, None]:
         """All windows once, in plain order; as many batches on every data rank."""
@@ -224,6 +273,36 @@ class Loader:
                 f"samples that the saved run has taken"
             )
         return step
+
+    def _check_sizes(self) -> None:
+        """ValueError if a window's grid is smaller than the mesh, or too large for the memory.
+
+        Judged by the largest part that any rank can have, so that all ranks refuse alike.
+        """
+        places: dict[tuple[int, int], Place] = {}
+        for window in self.windows:
+            key = (window.rect.height, window.rect.width)
+            if key not in places:
+                try:
+                    places[key] = self._place([window])
+                except ValueError as error:
+                    raise ValueError(f"data.window: sample {window.id}: {error}") from None
+        sizes = [(place.height, place.width) for place in places.values()]
+        if self.micro_batch > 1:  # the highest and the widest may meet in one, and pad each other
+            sizes = [(max(height for height, _ in sizes), max(width for _, width in sizes))]
+        rows, cols = self.mesh_shape
+        tokens = max(-(-height // rows) * -(-width // cols) for height, width in sizes)
+        pixels = tokens * self.patch**2 * self.micro_batch
+        # Besides those that are read ahead, one is being read and one is the consumer's.
+        count = self.config.prefetch + 2
+        held = count * pixels * (_PIXEL_BYTES + self.shards.has_labels)
+        if held > memory_bytes():
+            size = "null" if self.config.window is None else str(list(self.config.window))
+            raise ValueError(
+                f"data.window is {size}: {count} micro-batches (data.prefetch + 2) of one rank of "
+                f"mesh row={rows} col={cols} take up to {held / 1e9:.3f} GB, allowed are the "
+                f"{memory_bytes() / 1e9:.3f} GB of this machine's memory"
+            )
 
     def _slots_of_step(self, step: int, accumulated: int) -> list[_Slot]:
         slots = []

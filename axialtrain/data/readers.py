@@ -97,6 +97,10 @@ class TiffReader:
         self.path = path
         try:
             self._file = tifffile.TiffFile(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: there is no such file") from None
+        except IsADirectoryError:
+            raise ValueError(f"{path}: is a folder, allowed is an image") from None
         except _BROKEN as error:
             raise ValueError(f"{path}: not an image that can be read ({error})") from error
         try:
@@ -148,8 +152,11 @@ class TiffReader:
         if length > max_tile_bytes(self.tile):
             raise self._bad_tile(row, col, f"takes {length} bytes")
         handle = self._file.filehandle
-        handle.seek(offset)
-        data: bytes = handle.read(length)
+        try:
+            handle.seek(offset)
+            data: bytes = handle.read(length)
+        except _BROKEN as error:
+            raise self._bad_tile(row, col, f"cannot be read ({error})") from error
         if len(data) < length:
             raise self._bad_tile(row, col, "lies behind the end of the file")
         return data
@@ -218,8 +225,10 @@ class TiffReader:
         self._file.close()
 
 
-# What tifffile and imagecodecs raise on bytes that are not what they claim to be.
+# What tifffile and imagecodecs raise on bytes that are not what they claim to be, and files that
+# cannot be read.
 _BROKEN = (
+    OSError,
     tifffile.TiffFileError,
     struct.error,
     ValueError,

@@ -1,7 +1,7 @@
 """Any rectangle of any stored image, for the bytes of the blocks that it touches.
 
 rectangle -> blocks -> merged byte ranges, fetched through fsspec -> the tar members in them -> the
-tiles that the rectangle meets, each checked against its CRC-32C, and only those decoded.
+tiles that the rectangle meets, and only those decoded. Each block is checked by its CRC-32C.
 """
 
 from __future__ import annotations
@@ -51,14 +51,17 @@ class Region:
 def open_shards(url: str) -> Shards:
     """The shards in the folder `url`: a path, or what fsspec reads (s3://, gs://, https://).
 
-    ValueError if there are none, or they are of another version of the format.
+    ValueError, naming the url, if there are none, they cannot be reached, or they are of another
+    version of the format.
     """
-    fs, root = fsspec.core.url_to_fs(str(url))
-    path = f"{root.rstrip('/')}/{MANIFEST}"
     try:
+        fs, root = fsspec.core.url_to_fs(str(url))
+        path = f"{root.rstrip('/')}/{MANIFEST}"
         data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{url}: no shards here, allowed is a folder with a {MANIFEST}") from None
+    except (ImportError, ValueError, OSError) as error:  # an ImportError names what to install
+        raise ValueError(f"{url}: no shards can be read here ({error})") from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"{path}: is over {MAX_MANIFEST_BYTES} bytes, too large for a manifest")
     return Shards(fs, root.rstrip("/"), Manifest.from_json(data, path))
@@ -68,13 +71,16 @@ class Shards:
     """The images of one folder of shards. Safe to read from several threads.
 
     images: one row each, in the order in which they were written. digest: of the manifest.
-    has_labels: whether every image has a label raster.
+    has_labels: whether every image has a label raster. classes: the largest label of all images
+    + 1, 0 where all is unlabelled, None where no image has a raster.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
         self.images = manifest.images
         self.digest = manifest.digest
-        self.has_labels = all(row.labels for row in manifest.images)
+        known = [row.classes for row in manifest.images if row.classes is not None]
+        self.has_labels = len(known) == len(manifest.images)
+        self.classes = max(known, default=None)
         self._fs = fs
         self._root = root
         self._rows = {row.name: row for row in manifest.images}
@@ -124,7 +130,7 @@ class Shards:
         """
         rect, head = Rect(y, y + height, x, x + width), self.head(name)
         _check_rect(rect)
-        if not head.labels:
+        if head.classes is None:
             raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
         labels = np.full((height, width), UNLABELLED, np.uint8)
         for block in self._blocks(head, rect)[0]:
@@ -144,7 +150,8 @@ class Shards:
         size = (rect.height, rect.width)
         pixels = np.zeros((*size, 3), np.uint8)
         present = np.zeros(size, np.bool_)
-        raster = np.full(size, UNLABELLED, np.uint8) if head.labels and labels else None
+        labels = labels and head.classes is not None
+        raster = np.full(size, UNLABELLED, np.uint8) if labels else None
         blocks, bytes_read = self._blocks(head, rect)
         tiles = 0
         for block in blocks:
@@ -170,8 +177,7 @@ class Shards:
             for entry in entries:
                 if start <= entry.offset < stop:
                     at = entry.offset - start
-                    data = memoryview(chunk)[at : at + entry.length]
-                    blocks.append(Block.parse(data, head, entry, path))
+                    blocks.append(Block.parse(chunk[at : at + entry.length], head, entry, path))
         return blocks, sum(stop - start for start, stop in runs)
 
     def _size(self, path: str) -> int:

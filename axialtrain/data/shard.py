@@ -25,9 +25,11 @@ from axialtrain.data.codec import Pixels, encode_jpeg, encode_png
 from axialtrain.data.readers import Reader, open_image, tiles_of
 from axialtrain.data.store import (
     BLOCK,
+    LABELS,
     MANIFEST,
     MAX_BLOCKS,
     MAX_HEAD_BYTES,
+    MAX_LEVEL,
     TAR_RECORD,
     UNLABELLED,
     BlockEntry,
@@ -38,6 +40,7 @@ from axialtrain.data.store import (
     Tile,
     block_grid,
     block_key,
+    count_classes,
     head_key,
     hilbert_order,
     image_name,
@@ -88,12 +91,12 @@ def shard_images(
     Everything is opened and compared before anything is written: ValueError names what is wrong.
     """
     out = Path(out)
-    if (out / MANIFEST).exists():
-        raise ValueError(f"{out}: has a {MANIFEST} already, allowed is a new or an empty folder")
+    _check_out(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}, allowed is at least 1")
     jobs = _check(images, labels, level)
-    out.mkdir(parents=True, exist_ok=True)
+    with _naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     rows: list[ImageRow] = []
     blocks = tiles = copied = size = shards = 0
     with tqdm(total=sum(job.blocks for job in jobs), unit="block", disable=not progress) as bar:
@@ -112,6 +115,28 @@ def shard_images(
     with _replacing(out / MANIFEST) as file:
         file.write(Manifest(tuple(rows)).to_json())
     return Summary(out, len(rows), shards, blocks, tiles, copied, size)
+
+
+def _check_out(out: Path) -> None:
+    """ValueError unless `out` is a folder without a manifest, or one that can be made."""
+    with _naming(out):
+        if (out / MANIFEST).exists():
+            raise ValueError(
+                f"{out}: has a {MANIFEST} already, allowed is a new or an empty folder"
+            )
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{out}: {there} is a file, allowed is a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{out}: {there} cannot be written to")
+
+
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be the folder of the shards ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,8 @@ def _check(
         raise ValueError(
             f"labels has {len(labels)} paths, allowed is one for each of the {len(images)} images"
         )
+    if not 0 <= level <= MAX_LEVEL:
+        raise ValueError(f"level is {level}, allowed is 0 to {MAX_LEVEL}")
     jobs: dict[str, _Job] = {}
     for index, image in enumerate(images):
         raster = None if labels is None else Path(labels[index])
@@ -167,7 +194,7 @@ def _check_raster(path: Path, image: Reader) -> None:
 
 
 class _ImageWriter:
-    """Writes one image's blocks and head into an open tar, counting tiles as it goes."""
+    """Writes one image's blocks and head into an open tar, counting tiles and classes."""
 
     def __init__(self, job: _Job, shard: str, file: BinaryIO, bar: tqdm[NoReturn]) -> None:
         self._job = job
@@ -176,6 +203,7 @@ class _ImageWriter:
         self._bar = bar
         self.tiles = 0
         self.copied = 0
+        self._classes = 0
 
     def write(self) -> ImageRow:
         job = self._job
@@ -191,7 +219,7 @@ class _ImageWriter:
                 level=job.level,
                 downsample=image.downsample,
                 encoding="jpg" if image.jpeg else "png",
-                labels=raster is not None,
+                classes=None,
                 source_sha256=_sha256(job.image),
                 group=job.name,
                 blocks=(),
@@ -200,7 +228,8 @@ class _ImageWriter:
             for row, col in hilbert_order(*head.block_grid):
                 blocks.append(self._write_block(head, image, raster, row, col))
                 self._bar.update()
-        return self._write_head(replace(head, blocks=tuple(blocks)))
+        classes = None if job.labels is None else self._classes
+        return self._write_head(replace(head, classes=classes, blocks=tuple(blocks)))
 
     def _write_block(
         self, head: Head, image: Reader, raster: Reader | None, row: int, col: int
@@ -218,8 +247,10 @@ class _ImageWriter:
         self.tiles += len(tiles)
         crc = None
         if raster is not None:
-            sample["labels.png"] = encode_png(_labels(raster, head, row, col))
-            crc = google_crc32c.value(sample["labels.png"])
+            labels = _labels(raster, head, row, col)
+            self._classes = max(self._classes, count_classes(labels))
+            sample[LABELS] = encode_png(labels)
+            crc = google_crc32c.value(sample[LABELS])
         sample["json"] = BlockIndex(row, col, tuple(tiles), crc).to_json()
         data = _members(block_key(head.name, head.level, row, col), sample)
         offset = self._file.tell()
@@ -251,7 +282,7 @@ class _ImageWriter:
             head_sha256=hashlib.sha256(data).hexdigest(),
             height=head.height,
             width=head.width,
-            labels=head.labels,
+            classes=head.classes,
         )
 
 

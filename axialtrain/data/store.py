@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from axialtrain.data.checked import Record
 from axialtrain.grid import Rect
@@ -31,10 +32,12 @@ from axialtrain.grid import Rect
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BLOCK = 8  # tiles along each side of a block
+LABELS = "labels.png"  # a block's member
 UNLABELLED = 255  # label of a pixel that is no target
 
 MAX_SIDE = 1 << 20  # px, of an image
 MIN_TILE, MAX_TILE = 16, 2048  # px
+MAX_LEVEL = 64
 MAX_BLOCKS = 1 << 20  # of an image
 MAX_IMAGES = 1 << 22
 MAX_BYTES = 1 << 50  # of a shard: beyond any file, within exact JSON numbers
@@ -43,8 +46,10 @@ MAX_MANIFEST_BYTES = 1 << 30
 TAR_RECORD = 512  # bytes: a tar header, and what members are padded to
 
 ENCODINGS = ("jpg", "png")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_NAME_WORDS = "a name of at most 128 of A-Z a-z 0-9 . _ - that does not start with . or -"
+# A member of more than 100 characters gets a header of another kind, which is in no directory.
+MAX_NAME = 100 - len(f"/{MAX_LEVEL}/00000_00000.{LABELS}")
+_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
+_NAME_WORDS = f"a name of at most {MAX_NAME} of A-Z a-z 0-9 . _ - that does not start with . or -"
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.tar")
 _SHARD_WORDS = "the name of a .tar in the same folder"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +62,10 @@ def image_name(path: str | Path) -> str:
     """The name of the image at `path` in the shards: its stem, other characters replaced by _."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).stem).lstrip(".-")
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{path}: no image name can be made of it, allowed is {_NAME_WORDS}")
+        raise ValueError(
+            f"{path}: no image name can be made of it (it would have {len(name)} characters), "
+            f"allowed is {_NAME_WORDS}"
+        )
     return name
 
 
@@ -76,6 +84,11 @@ def head_key(image: str) -> str:
 def tile_member(row: int, col: int, encoding: str) -> str:
     """Name, within its block's sample, of the tile at (row, col) of the image."""
     return f"{row % BLOCK * BLOCK + col % BLOCK:02d}.{encoding}"
+
+
+def count_classes(labels: NDArray[np.uint8]) -> int:
+    """The largest label + 1; 0 where all is unlabelled."""
+    return int((labels + np.uint8(1)).max())  # UNLABELLED, 255, becomes 0
 
 
 def max_tile_bytes(tile: int) -> int:
@@ -148,7 +161,8 @@ class BlockIndex:
             if (r, c) in tiles:
                 raise ValueError(f"{item.where}: tile row={r} col={c} stands there twice")
             tiles[r, c] = Tile(r, c, member, item.integer("crc32c", 0, _CRC_MAX))
-        crc = record.integer("labels_crc32c", 0, _CRC_MAX) if head.labels else None
+        labelled = head.classes is not None
+        crc = record.integer("labels_crc32c", 0, _CRC_MAX) if labelled else None
         return BlockIndex(row, col, tuple(tiles.values()), crc)
 
 
@@ -169,7 +183,8 @@ class Head:
 
     height, width: px of the stored level. tile: px. mpp: micrometres per px of the stored level.
     level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
-    encoding: of the tiles, "jpg" or "png". group: images that belong in the same split.
+    encoding: of the tiles, "jpg" or "png". classes: as in ImageRow.
+    group: images that belong in the same split.
     """
 
     name: str
@@ -180,7 +195,7 @@ class Head:
     level: int
     downsample: float
     encoding: str
-    labels: bool
+    classes: int | None
     source_sha256: str
     group: str
     blocks: tuple[BlockEntry, ...]
@@ -216,8 +231,8 @@ class Head:
         tile = record.integer("tile", MIN_TILE, MAX_TILE)
         record.integer("block", BLOCK, BLOCK)
         mpp = None if record.values.get("mpp") is None else record.number("mpp", 1e-9, 1e9)
-        if record.flag("labels") != row.labels:
-            raise record.wrong("labels", f"{row.labels}, as in {MANIFEST}")
+        if record.integer_or_none("classes", 0, UNLABELLED) != row.classes:
+            raise record.wrong("classes", f"{row.classes}, as in {MANIFEST}")
         rows, cols = block_grid(height, width, tile)
         if rows * cols > MAX_BLOCKS:
             raise record.wrong("tile", f"a size that makes at most {MAX_BLOCKS} blocks")
@@ -236,10 +251,10 @@ class Head:
             width=width,
             tile=tile,
             mpp=mpp,
-            level=record.integer("level", 0, 64),
+            level=record.integer("level", 0, MAX_LEVEL),
             downsample=record.number("downsample", 1, MAX_SIDE),
             encoding=record.text("encoding", _ENCODING, f"one of {', '.join(ENCODINGS)}"),
-            labels=row.labels,
+            classes=row.classes,
             source_sha256=record.text("source_sha256", _SHA256, _SHA256_WORDS),
             group=record.text("group", _NAME, _NAME_WORDS),
             blocks=tuple(blocks.values()),
@@ -268,7 +283,8 @@ class ImageRow:
     """The manifest's row of one image.
 
     head_offset, head_length: the bytes of the head's JSON in `shard`; head_sha256: of those bytes.
-    height, width: px. labels: whether a label raster is stored.
+    height, width: px. classes: the largest label of its raster + 1, 0 where all is unlabelled, None
+    without a raster.
     """
 
     name: str
@@ -278,7 +294,7 @@ class ImageRow:
     head_sha256: str
     height: int
     width: int
-    labels: bool
+    classes: int | None
 
     @staticmethod
     def from_record(item: Record) -> ImageRow:
@@ -290,7 +306,7 @@ class ImageRow:
             head_sha256=item.text("head_sha256", _SHA256, _SHA256_WORDS),
             height=item.integer("height", 1, MAX_SIDE),
             width=item.integer("width", 1, MAX_SIDE),
-            labels=item.flag("labels"),
+            classes=item.integer_or_none("classes", 0, UNLABELLED),
         )
 
 

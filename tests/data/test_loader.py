@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import threading
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axialtrain.data.loader import Batch, DataConfig, Loader, cut_windows
+from axialtrain.data.loader import MAX_WINDOWS, Batch, DataConfig, Loader, Steps, cut_windows
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import Region, Shards, open_shards
 from axialtrain.data.store import UNLABELLED, ImageRow
@@ -36,7 +39,7 @@ def loader(source: Source, window: list[int] | None = None, **changes: Any) -> L
 
 
 def row(name: str, height: int, width: int) -> ImageRow:
-    return ImageRow(name, "s.tar", 0, 2, "0" * 64, height, width, False)
+    return ImageRow(name, "s.tar", 0, 2, "0" * 64, height, width, None)
 
 
 def test_windows_cover_the_image_edge_to_edge() -> None:
@@ -133,7 +136,7 @@ def test_union_of_ranks_is_the_serial_read(
     assert sorted(samples) == list(range(3 * batch, 5 * batch))
 
     ranks = {
-        (d, r, c): list(
+        (d, r, c): taken(
             loader(
                 source, size, patch=patch, batch=batch, micro_batch=micro_batch, seed=seed,
                 mesh_shape=(rows, cols), at=(r, c), data_rank=d, data_ranks=data_ranks,
@@ -174,7 +177,7 @@ def test_positions_follow_accumulation_data_rank_and_slot(source: Source) -> Non
     for d in range(2):
         rank = loader(source, [70, 50], batch=7, micro_batch=2, data_rank=d, data_ranks=2)
         assert rank.accumulation == 2
-        ((first, second),) = rank.steps(5, 6)
+        ((first, second),) = taken(rank.steps(5, 6))
         base = 5 * 7
         if d == 0:
             assert first.samples.tolist() == [base, base + 1]
@@ -229,7 +232,7 @@ def test_a_rank_reads_only_its_part(source: Source) -> None:
 
 def test_number_of_workers_changes_nothing(source: Source) -> None:
     streams = [
-        list(loader(source, [64, 64], batch=3, config={"workers": w, "prefetch": p}).steps(0, 4))
+        taken(loader(source, [64, 64], batch=3, config={"workers": w, "prefetch": p}).steps(0, 4))
         for w, p in ((1, 0), (1, 2), (3, 5))
     ]
     for other in streams[1:]:
@@ -237,6 +240,10 @@ def test_number_of_workers_changes_nothing(source: Source) -> None:
             for a, b in zip(got, want, strict=True):
                 assert a.ids == b.ids
                 assert torch.equal(a.pixels, b.pixels)
+
+
+def taken(steps: Steps) -> list[list[Batch]]:
+    return [list(step) for step in steps]
 
 
 def workers() -> list[threading.Thread]:
@@ -255,9 +262,50 @@ def test_prefetch_is_bounded_and_ends_with_the_iterator(
 
     monkeypatch.setattr(Shards, "region", counted)
     steps = loader(source, [64, 64], batch=1, config={"prefetch": 2}).steps(0, 1000)
-    next(steps)
+    for _ in next(steps):
+        pass
     steps.close()
     assert 1 <= len(read) <= 3
+    assert workers() == []
+
+
+def test_micro_batches_of_a_step_are_read_as_they_are_taken(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    load = Loader._load
+
+    def counted(self: Loader, slots: list[Any]) -> tuple[Batch, int, int]:
+        read.append(slots)
+        return load(self, slots)
+
+    monkeypatch.setattr(Loader, "_load", counted)
+    steps = loader(source, [64, 64], batch=40, config={"prefetch": 2}).steps(0, 2)
+    step = next(steps)
+    assert read == []
+    for number in range(1, 41):
+        next(step)
+        assert number <= len(read) <= number + 2
+    assert list(step) == []
+    assert [int(batch.samples[0]) for batch in next(steps)] == list(range(40, 80))
+    assert list(steps) == []
+    assert workers() == []
+
+
+def test_steps_are_taken_in_order(source: Source) -> None:
+    steps = loader(source, [64, 64], batch=3).steps(0, 2)
+    step = next(steps)
+    next(step)
+    with pytest.raises(RuntimeError, match="2 micro-batches of the step before are not taken"):
+        next(steps)
+    assert len(list(step)) == 2
+    assert len(list(next(steps))) == 3
+
+
+def test_step_outlives_its_steps_and_ends_its_threads(source: Source) -> None:
+    step = next(loader(source, [64, 64], batch=3).steps(0, 5))
+    assert len(list(step)) == 3
+    del step
     assert workers() == []
 
 
@@ -277,7 +325,7 @@ def test_error_in_a_thread_reaches_the_consumer(
     got = []
     with pytest.raises(ValueError, match="byte 7: is damaged"):
         for step in loader(source, [64, 64], batch=1).steps(0, 10):
-            got.append(step)
+            got.extend(step)
     assert len(got) == 2
     assert workers() == []
 
@@ -286,6 +334,73 @@ def test_grid_smaller_than_the_mesh_is_refused_at_once(source: Source) -> None:
     for at in ((0, 0), (5, 0)):
         with pytest.raises(ValueError, match=r"data\.window: sample small@0,0: a grid of 5 x 4"):
             loader(source, mesh_shape=(6, 1), at=at)
+
+
+def test_too_many_windows_are_refused_at_once() -> None:
+    images = [row("a", 1 << 20, 1 << 20), row("b", 5, 7)]
+    count = (1 << 40) + 35
+    message = rf"data\.window is \[1, 1\], which makes {count} windows.* at most {MAX_WINDOWS}"
+    with pytest.raises(ValueError, match=message):
+        cut_windows(images, [1, 1])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30), st.integers(1, 30))
+def test_windows_are_counted_before_they_are_cut(
+    height: int, width: int, window_height: int, window_width: int
+) -> None:
+    images = [row("a", height, width), row("b", width, 1)]
+    count = len(cut_windows(images, [window_height, window_width]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("axialtrain.data.loader.MAX_WINDOWS", count)
+        assert len(cut_windows(images, [window_height, window_width])) == count
+        patch.setattr("axialtrain.data.loader.MAX_WINDOWS", count - 1)
+        with pytest.raises(ValueError, match=rf"which makes {count} windows"):
+            cut_windows(images, [window_height, window_width])
+
+
+@pytest.mark.parametrize("window", [None, [1 << 20, 1 << 20]])
+def test_image_beyond_all_memory_is_refused_at_once(
+    source: Source, tmp_path: Path, window: list[int] | None
+) -> None:
+    data = json.loads((Path(source.url) / "manifest.json").read_bytes())
+    data["images"][1] |= {"height": 1 << 20, "width": 1 << 20}
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    hostile = replace(source, url=str(tmp_path))
+    message = r"data\.window is (null|\[1048576, 1048576\]): 4 micro-batches .* mesh row=1 col=2 "
+    for at in ((0, 0), (0, 1)):
+        with pytest.raises(ValueError, match=message + r"take up to 30786\.326 GB, allowed are"):
+            loader(hostile, window, mesh_shape=(1, 2), at=at)
+
+
+@pytest.mark.parametrize(("window", "micro_batch"), [(None, 1), (None, 2), ([90, 120], 2)])
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 3)])
+def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
+    source: Source,
+    monkeypatch: pytest.MonkeyPatch,
+    window: list[int] | None,
+    micro_batch: int,
+    mesh_shape: tuple[int, int],
+) -> None:
+    rows, cols = mesh_shape
+    options: dict[str, Any] = {
+        "micro_batch": micro_batch, "mesh_shape": mesh_shape, "config": {"prefetch": 1}
+    }  # fmt: skip
+    places = [(row, col) for row in range(rows) for col in range(cols)]
+    largest = 0
+    for at in places:
+        for step in loader(source, window, at=at, batch=micro_batch, **deepcopy(options)).steps(
+            0, 9
+        ):
+            for batch in step:
+                parts = (batch.pixels, batch.labels, batch.present)
+                largest = max(largest, sum(part.nbytes for part in parts if part is not None))
+    for at in places:
+        monkeypatch.setattr("axialtrain.data.loader.memory_bytes", lambda: 3 * largest)
+        loader(source, window, at=at, **deepcopy(options))
+        monkeypatch.setattr("axialtrain.data.loader.memory_bytes", lambda: 3 * largest - 1)
+        with pytest.raises(ValueError, match=r"3 micro-batches .* of this machine's memory"):
+            loader(source, window, at=at, **deepcopy(options))
 
 
 @pytest.mark.parametrize(

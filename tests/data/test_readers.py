@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,36 @@ def test_what_is_no_image_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.svs"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.svs: "):
+        open_image(path)
+
+
+def test_path_that_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path, message in (
+        (tmp_path / "missing.tif", "there is no such file"),
+        (tmp_path / "folder", "is a folder, allowed is an image"),
+        (tmp_path / ("x" * 300), "not an image that can be read .*too long"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: {message}"):
+            open_image(path)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "not yours"), OSError(5, "broken disk")])
+def test_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, PIXELS, tile=(64, 64), photometric="rgb")
+
+    def failing(*_: object) -> None:
+        raise error
+
+    with open_image(path) as image:
+        monkeypatch.setattr(tifffile.FileHandle, "read", failing)
+        with pytest.raises(ValueError, match=rf"a\.tif: tile row=0 col=0 .*{error.strerror}"):
+            image.tile_pixels(0, 0)
+    monkeypatch.setattr(tifffile.FileHandle, "open", failing)
+    with pytest.raises(ValueError, match=rf"a\.tif: not an image that .*{error.strerror}"):
         open_image(path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import tifffile
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from axialtrain.data import shard
 from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
-from axialtrain.data.store import hilbert_order
+from axialtrain.data.store import MAX_LEVEL, MAX_NAME, TAR_RECORD, block_key, hilbert_order
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 6, (300, 200), np.uint8)
@@ -68,7 +71,7 @@ def test_tiles_without_jpeg_are_stored_without_loss(tmp_path: Path) -> None:
     assert (summary.copied, summary.tiles) == (0, 19 * 13)
     shards = open_shards(str(tmp_path / "out"))
     np.testing.assert_array_equal(shards.read("a.b", 0, 0, 300, 200), PIXELS)
-    assert not shards.has_labels
+    assert (shards.has_labels, shards.classes) == (False, None)
 
 
 def test_images_stay_whole_and_shards_stay_near_their_size(tmp_path: Path) -> None:
@@ -80,6 +83,67 @@ def test_images_stay_whole_and_shards_stay_near_their_size(tmp_path: Path) -> No
     assert [row.shard[:11] for row in shards.images] == ["shard-00000"] * 2 + ["shard-00001"]
     for row in shards.images:
         np.testing.assert_array_equal(shards.read(row.name, 0, 0, 300, 200), PIXELS)
+
+
+def test_folder_that_cannot_be_is_named_before_anything_is_opened(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for out in (file, file / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(out))}: "):
+            shard_images([tmp_path / "missing.tif"], out, progress=False)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_folder_that_may_not_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = write(tmp_path)
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(ValueError, match=r"out: .*out cannot be written to"):
+            shard_images([image], tmp_path / "out", progress=False)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(Path, "mkdir", failing)
+    with pytest.raises(ValueError, match=r"other: cannot be the folder of the shards .*no space"):
+        shard_images([image], tmp_path / "other", progress=False)
+
+
+def test_classes_of_each_image_are_counted(tmp_path: Path) -> None:
+    images = [write(tmp_path, name)[0] for name in ("a", "b", "c")]
+    labels = []
+    for number, values in enumerate(([0, 7, 255], [255], [0])):
+        labels.append(tmp_path / f"{number}.tif")
+        raster = np.resize(np.array(values, np.uint8), (300, 200))
+        tifffile.imwrite(labels[-1], raster, tile=(16, 16))
+    shard_images(images, tmp_path / "out", labels=labels, progress=False)
+    shards = open_shards(str(tmp_path / "out"))
+    assert [row.classes for row in shards.images] == [8, 0, 1]
+    assert [shards.head(name).classes for name in "abc"] == [8, 0, 1]
+    assert (shards.has_labels, shards.classes) == (True, 8)
+
+
+@settings(max_examples=4, deadline=None)
+@given(name=st.from_regex(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{{MAX_NAME - 1}}}", fullmatch=True))
+def test_longest_names_are_read_back(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("longest")
+    image, labels = write(folder, name)
+    shard_images([image], folder / "out", labels=[labels], progress=False)
+    shards = open_shards(str(folder / "out"))
+    np.testing.assert_array_equal(shards.read(name, 0, 0, 300, 200), PIXELS)
+    np.testing.assert_array_equal(shards.read_labels(name, 0, 0, 300, 200), LABELS)
+    samples = webdataset.WebDataset(str(folder / "out" / "shard-00000.tar"), shardshuffle=False)
+    assert next(iter(samples))["__key__"] == f"{name}/0/00000_00000"
+
+
+def test_member_of_100_characters_has_a_plain_header() -> None:
+    key = block_key("n" * MAX_NAME, MAX_LEVEL, 99999, 99999)
+    data = shard._members(key, {"labels.png": b"x"})
+    assert len(data) == 2 * TAR_RECORD
+    assert data[:100] == f"{key}.labels.png".encode()
 
 
 def test_folder_with_a_manifest_is_left_alone(tmp_path: Path) -> None:
@@ -106,11 +170,16 @@ def test_all_inputs_are_checked_before_anything_is_written(tmp_path: Path) -> No
         ([image], [image], "a.b.tif: has 3 bands, allowed for labels is 1"),
         ([labels], None, "a.b_labels.tif: has 1 band, allowed is 3"),
         ([image], [labels, labels], "labels has 2 paths"),
+        ([image, tmp_path / "none.tif"], None, "none.tif: there is no such file"),
+        ([image, tmp_path / "x"], None, "x: is a folder"),
+        ([image], [tmp_path / "none.tif"], "none.tif: there is no such file"),
         ([image, twin], None, "would be stored as 'a.b', and so would"),
         ([], None, "images is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             shard_images(images, out, labels=rasters, progress=False)
+    with pytest.raises(ValueError, match="level is 65, allowed is 0 to 64"):
+        shard_images([image], out, level=65, progress=False)
     assert not out.exists()
 
 

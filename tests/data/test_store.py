@@ -5,21 +5,27 @@ import re
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from axialtrain.data.store import (
+    LABELS,
+    MAX_LEVEL,
+    MAX_NAME,
     BlockEntry,
     BlockIndex,
     Head,
     ImageRow,
     Manifest,
     Tile,
+    block_key,
+    count_classes,
     hilbert_order,
     image_name,
     tile_member,
 )
 
-ROW = ImageRow("a.b", "shard-00000.tar", 4096, 500, "0" * 64, 300, 200, False)
+ROW = ImageRow("a.b", "shard-00000.tar", 4096, 500, "0" * 64, 300, 200, None)
 HEAD = Head(
     name="a.b",
     height=300,
@@ -29,7 +35,7 @@ HEAD = Head(
     level=0,
     downsample=1.0,
     encoding="png",
-    labels=False,
+    classes=None,
     source_sha256="1" * 64,
     group="a.b",
     blocks=tuple(
@@ -67,6 +73,21 @@ def test_image_without_a_name_is_refused(path: str) -> None:
         image_name(path)
 
 
+def test_name_may_be_as_long_as_its_longest_member_allows() -> None:
+    longest = "n" * MAX_NAME
+    assert image_name(f"x/{longest}.tif") == longest
+    assert len(f"{block_key(longest, MAX_LEVEL, 99999, 99999)}.{LABELS}") == 100
+    with pytest.raises(ValueError, match=rf"would have {MAX_NAME + 1} char.* at most {MAX_NAME} "):
+        image_name(f"x/{longest}n.tif")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([3, 255, 0], 4), ([254], 255), ([255, 255], 0), ([0], 1)]
+)
+def test_classes_are_counted_without_the_unlabelled(labels: list[int], classes: int) -> None:
+    assert count_classes(np.array([labels], np.uint8)) == classes
+
+
 def test_records_survive_json() -> None:
     assert Manifest.from_json(Manifest((ROW,)).to_json(), "m").images == (ROW,)
     assert Head.from_json(HEAD.to_json(), ROW, 1 << 20, "h") == HEAD
@@ -91,13 +112,22 @@ def test_records_survive_json() -> None:
         ("height", 0),
         ("height", True),
         ("width", 1 << 30),
-        ("labels", 1),
+        ("classes", 256),
+        ("classes", -1),
+        ("classes", False),
     ],
 )
 def test_hostile_manifest_row_is_named(key: str, value: object) -> None:
     data = json.loads(Manifest((ROW,)).to_json())
     data["images"][0][key] = value
     with pytest.raises(ValueError, match=rf"m\.json: images\[0\]: {key} is .*allowed is"):
+        Manifest.from_json(json.dumps(data).encode(), "m.json")
+
+
+def test_row_must_say_whether_there_are_labels() -> None:
+    data = json.loads(Manifest((ROW,)).to_json())
+    del data["images"][0]["classes"]
+    with pytest.raises(ValueError, match=r"images\[0\]: classes is missing, allowed is"):
         Manifest.from_json(json.dumps(data).encode(), "m.json")
 
 
@@ -128,7 +158,7 @@ def test_manifest_that_is_none_is_refused(data: bytes, message: str) -> None:
         ("height", 301),
         ("mpp", float("nan")),
         ("encoding", "gif"),
-        ("labels", True),
+        ("classes", 3),
         ("name", "other"),
         ("group", "../x"),
         ("blocks", [{}] * 7),
