@@ -9,20 +9,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from axialtrain.launch.errors import EXPECTED, own_rank, say
+
 QUICKSTART = {"train": 24, "validation": 4}  # scenes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status. A ValueError becomes one message and status 2."""
+    """Entry point; returns the exit status: 2 and one message for what a user did wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
-    except ValueError as error:
+    except EXPECTED as error:
         # Under torchrun every rank refuses the same thing for the same reason: said once.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"axialtrain: {error}", file=sys.stderr)
-        return 2
+        return say(error) if own_rank() == 0 else 2
     except KeyboardInterrupt:
         print("axialtrain: interrupted", file=sys.stderr)
         return 130
@@ -89,27 +89,41 @@ def _scene(parsed: argparse.Namespace) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    import torch
-
-    # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from axialtrain.launch.local import processes_of_outer_launcher, start
+    from axialtrain.launch.local import (
+        device_type,
+        processes_of_outer_launcher,
+        start,
+        threads_each,
+    )
+    from axialtrain.train.check import check
     from axialtrain.train.compose import compose_run
-    from axialtrain.train.run import check, run
 
     config, folder, text = compose_run(parsed.overrides)
     started = processes_of_outer_launcher()
     check(config, folder, started)
+    device = device_type(config.launcher.device, config.mesh.size)
+    # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
+    os.environ["DS_ACCELERATOR"] = device
+    from axialtrain.train.run import run
+
+    threads = threads_each(config.launcher.threads, config.mesh.size)
+    arguments = (config, folder, text, device, threads)
     if started is None:
-        return start(run, (config, folder, text), config.mesh.size)
-    run(config, folder, text)
+        return start(run, arguments, config.mesh.size)
+    try:
+        run(*arguments)
+    except EXPECTED as error:
+        return say(error, rank=own_rank())  # what only this rank knows
     return 0
 
 
 def _quickstart(parsed: argparse.Namespace) -> int:
     from axialtrain.data.scene import ceiling, draw_scenes
     from axialtrain.data.shard import shard_images
+    from axialtrain.train.compose import compose_run
 
+    parsed.overrides = ["experiment=quickstart", *parsed.overrides]
+    compose_run(parsed.overrides)  # a wrong key is refused before scenes are drawn
     for seed, (split, count) in enumerate(QUICKSTART.items()):
         shards = Path("shards") / split
         if (shards / "manifest.json").exists():
@@ -118,11 +132,10 @@ def _quickstart(parsed: argparse.Namespace) -> int:
         print(f"drawing {count} scenes for {split}")
         scenes = draw_scenes(Path("scenes") / split, count=count, size=4096, seed=seed)
         print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
-    parsed.overrides = ["experiment=quickstart", *parsed.overrides]
     status = _train(parsed)
     if status == 0:
         print(
-            f"\nA model without long range reaches at most mIoU {ceiling():.3f} on these scenes: "
+            f"\nThe ceiling of a model without long range is an expected mIoU of {ceiling():.3f}: "
             "nothing near a parcel tells its class.\n"
             "Look at prediction.png and loss.png there. Then try:\n"
             "  axialtrain train experiment=quickstart mesh=1x4   # same numbers\n"

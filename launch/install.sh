@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
   echo "axialtrain needs Python 3.11 or newer; '$python' is $("$python" -V). Set PYTHON=..." >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/pip ] || "$python" -m venv .venv
 
 # What is installed already stays: the stamp names what it was made from.
 stamp=".venv/.installed-${extras:-plain}"

@@ -8,7 +8,9 @@ launch/install.sh dev
 
 # One thread a process: the tests start several, and oversubscribed cores only slow each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-echo "ruff";  .venv/bin/ruff check . && .venv/bin/ruff format --check .
+echo "ruff"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
 echo "mypy";  .venv/bin/mypy
 echo "rooms"; .venv/bin/lint-imports
 echo "tests"; .venv/bin/python -m pytest "$@"

@@ -8,15 +8,51 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from axialtrain.launch.errors import EXPECTED, say
 
 
 def processes_of_outer_launcher() -> int | None:
     """WORLD_SIZE of torchrun or deepspeed; None where nobody started us as a rank."""
     world = os.environ.get("WORLD_SIZE")
     return None if world is None else int(world)
+
+
+def device_type(choice: str, processes: int) -> str:
+    """ "cpu" or "cuda", from launcher.device and the size of the mesh. Alike on every rank.
+
+    "auto" is cuda where each process of this machine has a GPU of its own.
+    Raises ValueError where cuda is asked for and there are too few.
+    """
+    local = local_processes(processes)
+    devices = torch.cuda.device_count()
+    if choice == "cuda" and devices < local:
+        raise ValueError(
+            f"launcher.device=cuda: {local} local processes need as many GPUs, {devices} are here"
+        )
+    if choice == "auto":
+        return "cuda" if devices >= local else "cpu"
+    return choice
+
+
+def threads_each(choice: int | None, processes: int) -> int | None:
+    """Threads of a process, from launcher.threads and the size of the mesh.
+
+    None, torch's own choice, where OMP_NUM_THREADS has already decided.
+    """
+    if choice is not None or "OMP_NUM_THREADS" in os.environ:
+        return choice
+    return max(1, len(os.sched_getaffinity(0)) // local_processes(processes))
+
+
+def local_processes(processes: int) -> int:
+    """How many ranks this machine has: as torchrun or deepspeed say, or all that we start."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), processes)
 
 
 def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> int:
@@ -50,7 +86,9 @@ def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) ->
         for process in context.processes:
             process.join()
         print(
-            "axialtrain: interrupted; what is in the run folder is complete lines", file=sys.stderr
+            "axialtrain: interrupted: metrics.jsonl is whole up to the last step, and no weights "
+            "were written",
+            file=sys.stderr,
         )
         return 130
     return 0
@@ -70,6 +108,5 @@ def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], argument
         fn(*arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
-        print(f"axialtrain: rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except EXPECTED as error:
+        sys.exit(say(error, rank=rank))

@@ -39,8 +39,11 @@ class AxialTransformerConfig:
                 raise ValueError(
                     f"model.{key}={getattr(self, key)}: allowed are whole numbers from 1"
                 )
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0")
+        if not 1 / self.dim <= self.mlp_ratio <= 1024:
+            raise ValueError(
+                f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0, up to 1024, that "
+                f"make an MLP of at least one channel of model.dim={self.dim}"
+            )
         if self.dim % self.heads:
             raise ValueError(f"model.heads={self.heads} does not divide model.dim={self.dim}")
         if self.axial_config.positions == "rope" and (self.dim // self.heads) % 2:

@@ -19,10 +19,9 @@ from axialtrain.tasks.panels import Panel, image_panel
 
 @dataclass
 class ReconstructionConfig:
-    """hidden: share of the tokens that are hidden. seed: of the choice of them."""
+    """hidden: share of the tokens that are hidden, drawn anew for each sample."""
 
     hidden: float = 0.6
-    seed: int = 0
     name: str = "reconstruction"
 
     def __post_init__(self) -> None:
@@ -50,10 +49,10 @@ def hidden_tokens(place: Place, samples: Sequence[int], share: float, seed: int)
 class Reconstruction:
     """Mean squared error at the pixels of hidden tokens; missing pixels are no targets."""
 
-    needs_labels = False
-
-    def __init__(self, config: ReconstructionConfig) -> None:
+    def __init__(self, config: ReconstructionConfig, seed: int) -> None:
         self.config = config
+        self.seed = seed
+        self.classes: int | None = None  # it needs no labels
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return MaskedReconstructor(backbone)
@@ -98,7 +97,7 @@ class Reconstruction:
 
     def _hidden(self, batch: Batch) -> Tensor:
         samples = [int(sample) for sample in batch.samples]
-        hidden = hidden_tokens(batch.place, samples, self.config.hidden, self.config.seed)
+        hidden = hidden_tokens(batch.place, samples, self.config.hidden, self.seed)
         return hidden.to(batch.pixels.device)
 
 

@@ -44,10 +44,9 @@ class Segmentation:
     """Cross-entropy per pixel. Within a cell all pixels share one prediction, so the loss of its
     pixels is exact from how many of them have each class: no per-pixel logits are ever made."""
 
-    needs_labels = True
-
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
+        self.classes: int | None = config.classes  # labels it needs, below this
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return Segmenter(backbone, self.config.classes, self.config.cells)

@@ -97,6 +97,7 @@ def _plain(error: Exception) -> str:
         return f"unknown key {key}{allowed}"
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__.msg}"  # why a value was not taken
+    text = re.sub(r"\s*\w+_schema\n", "\n", text)  # the dataclasses behind the options
     lines = [line.strip() for line in text.splitlines()]
     noise = (
         "full_key:",

@@ -1,16 +1,72 @@
-"""Everything a run can be told. Each part is a dataclass of the room that owns the keys."""
+"""Everything a run can be told. Each part is a dataclass of the room that owns the keys.
+
+No DeepSpeed here: a wrong key or value is refused before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from axialtrain.data.loader import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.transformer import AxialTransformerConfig
-from axialtrain.train.engine import OptimConfig, ZeroConfig
 from axialtrain.train.schedule import ScheduleConfig
 from axialtrain.train.track import LoggerConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class ZeroConfig:
+    """What DeepSpeed partitions over the ranks that hold the same weights.
+
+    stage: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+    persistence_threshold: at stage 3, parameters of fewer elements are kept whole.
+    """
+
+    stage: int = 1
+    persistence_threshold: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero.stage={self.stage}: allowed are 0, 1, 2, 3")
+        if self.persistence_threshold < 0:
+            raise ValueError(
+                f"zero.persistence_threshold={self.persistence_threshold}: "
+                "allowed are whole numbers from 0"
+            )
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer.
+
+    name: "adamw" or "sgd".
+    lr: base learning rate; the schedule gives that of each step.
+    weight_decay: for parameters of two dims and more only (not biases and norms).
+    betas: of adamw. momentum: of sgd.
+    clip: largest norm of the gradient of the whole model; 0 is off.
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: float = 0.9
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"optim.name={self.name!r}: allowed are adamw, sgd")
+        for key in ("lr", "weight_decay", "clip"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"optim.{key}={getattr(self, key)}: allowed are numbers from 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas}: allowed are two numbers from 0 to below 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum}: allowed is 0 to below 1")
 
 
 @dataclass
@@ -38,20 +94,24 @@ class TrainConfig:
 class LauncherConfig:
     """Local processes, where neither torchrun nor deepspeed started this one.
 
-    threads: of each process; null shares the machine's cores between them.
+    threads: of each process; null takes OMP_NUM_THREADS, or shares the cores between them.
     timeout: seconds after which a collective that a rank does not answer ends the run.
+    device: "cpu", "cuda", or "auto": cuda where each local process has a GPU of its own.
     """
 
     threads: int | None = None
     timeout: float = 600.0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(
                 f"launcher.threads={self.threads}: allowed are null and numbers from 1"
             )
-        if self.timeout <= 0:
-            raise ValueError(f"launcher.timeout={self.timeout}: allowed are seconds above 0")
+        if not 0 < self.timeout <= 1e6:
+            raise ValueError(f"launcher.timeout={self.timeout}: allowed are seconds up to 1e6")
+        if self.device not in DEVICES:
+            raise ValueError(f"launcher.device={self.device!r}: allowed are {list(DEVICES)}")
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -25,61 +24,11 @@ from torch import Tensor, nn
 
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import tensor_dims
+from axialtrain.train.config import OptimConfig, ZeroConfig
 
 # Elements of the buffers in which DeepSpeed sums gradients and gathers weights. It allocates them
 # whole, whatever the size of the model; its default of 5e8 would be 2 GB.
 BUCKET = 2**24
-
-
-@dataclass
-class ZeroConfig:
-    """What DeepSpeed partitions over the ranks that hold the same weights.
-
-    stage: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
-    persistence_threshold: at stage 3, parameters of fewer elements are kept whole.
-    """
-
-    stage: int = 1
-    persistence_threshold: int = 100_000
-
-    def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero.stage={self.stage}: allowed are 0, 1, 2, 3")
-        if self.persistence_threshold < 0:
-            raise ValueError(
-                f"zero.persistence_threshold={self.persistence_threshold}: "
-                "allowed are whole numbers from 0"
-            )
-
-
-@dataclass
-class OptimConfig:
-    """The optimizer.
-
-    name: "adamw" or "sgd".
-    lr: base learning rate; the schedule gives that of each step.
-    weight_decay: for parameters of two dims and more only (not biases and norms).
-    betas: of adamw. momentum: of sgd.
-    clip: largest norm of the gradient of the whole model; 0 is off.
-    """
-
-    name: str = "adamw"
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: float = 0.9
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"optim.name={self.name!r}: allowed are adamw, sgd")
-        for key in ("lr", "weight_decay", "clip"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"optim.{key}={getattr(self, key)}: allowed are numbers from 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={self.betas}: allowed are two numbers from 0 to below 1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optim.momentum={self.momentum}: allowed is 0 to below 1")
 
 
 class _Topology:

@@ -25,11 +25,13 @@ from axialtrain.train.engine import Engine
 from axialtrain.train.schedule import learning_rate
 from axialtrain.train.track import Tracker
 
+PICTURE = 2048  # px, the longest side of prediction.png's panels
+
 
 class Task(Protocol):
     """What the loop needs of a kind of label; see `axialtrain.tasks`."""
 
-    needs_labels: bool
+    classes: int | None
 
     def build(self, backbone: AxialTransformer) -> nn.Module: ...
     def inputs(self, batch: Batch) -> tuple[object, ...]: ...
@@ -138,17 +140,24 @@ def picture(run: Run) -> list[Panel] | None:
     output = run.engine(*run.task.inputs(batch))
     data = run.config.data
     panels = run.task.panels(output, batch, mean=data.mean, std=data.std)
-    parts = gather_objects((batch.place.rect, panels), run.mesh.spatial)
+    place, rect = batch.place, batch.place.rect
+    scale = panels[0].pixels.shape[0] // rect.height
+    # Every n-th line, counted over the whole image, so that a gigapixel fits on a screen.
+    every = -(-max(place.height, place.width) * scale // PICTURE)
+    mine = rect.scaled(scale)
+    small = [
+        replace(panel, pixels=panel.pixels[-mine.top % every :: every, -mine.left % every :: every])
+        for panel in panels
+    ]
+    parts = gather_objects((-(-mine.top // every), -(-mine.left // every), small), run.mesh.spatial)
     if run.tracker is None:
         return None
-    place, whole = batch.place, []
-    for index, panel in enumerate(panels):
-        scale = panel.pixels.shape[0] // place.rect.height
-        canvas = np.zeros((place.height * scale, place.width * scale, 3), np.uint8)
-        for rect, tile in parts:
-            scaled = rect.scaled(scale)
-            canvas[scaled.top : scaled.bottom, scaled.left : scaled.right] = tile[index].pixels
-        whole.append(replace(panel, pixels=canvas))
+    size = (-(-place.height * scale // every), -(-place.width * scale // every), 3)
+    whole = [replace(panel, pixels=np.zeros(size, np.uint8)) for panel in panels]
+    for top, left, tiles in parts:
+        for canvas, tile in zip(whole, tiles, strict=True):
+            height, width = tile.pixels.shape[:2]
+            canvas.pixels[top : top + height, left : left + width] = tile.pixels
     return whole
 
 

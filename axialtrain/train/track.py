@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ class Tracker:
 
     def __init__(self, config: LoggerConfig, folder: Path, name: str, run_yaml: str) -> None:
         self.folder = folder
-        self._lines = (folder / "metrics.jsonl").open("w")
+        try:  # "x": of two runs that began in the same second, one goes on
+            self._lines = (folder / "metrics.jsonl").open("x")
+        except FileExistsError as error:
+            raise ValueError(f"hydra.run.dir={folder}: another run writes there") from error
         self._losses: list[tuple[int, float]] = []
         self._wandb = _start_wandb(config, folder, name, run_yaml)
 
@@ -47,8 +51,7 @@ class Tracker:
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         self._losses.append((step, metrics["loss"]))
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def prediction(self, panels: list[Panel], title: str) -> Path:
         """The panels side by side, prediction.png."""
@@ -76,30 +79,48 @@ class Tracker:
         axes.set_ylabel("global mean loss")
         axes.grid(alpha=0.3)
         self._save(figure, "loss.png")
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
     def _save(self, figure: Figure, name: str) -> Path:
         path = self.folder / name
         temporary = path.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, path)
-        if self._wandb is not None:
-            import wandb
+        import wandb
 
-            self._wandb.log({name.removesuffix(".png"): wandb.Image(str(path))})
+        image = wandb.Image(str(path))
+        self._to_wandb(lambda run: run.log({name.removesuffix(".png"): image}))
         return path
+
+    def _to_wandb(self, call: Callable[[Any], object]) -> None:
+        """Tracking never fails a run: at the first error it is dropped, with a warning."""
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:  # whatever its service raises
+            LOG.warning("W&B stopped, the run goes on without it: %s", error)
+            self._wandb = None
 
 
 def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -> Any:
-    """A W&B run, or None. Never asks a question and never fails the run."""
-    import wandb
+    """A W&B run, or None. Never asks a question and never fails the run.
 
-    mode = os.environ.get("WANDB_MODE", config.mode)
+    logger.mode=disabled wins over WANDB_MODE, which wins over any other mode.
+    """
+    mode = config.mode
+    if mode != "disabled":
+        mode = os.environ.get("WANDB_MODE", mode)
     if mode == "disabled":
         return None
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False) else "offline"
+    import wandb
+
+    try:
+        if mode != "offline":  # asked without a prompt: nobody sits at a cluster's terminal
+            mode = "online" if wandb.login(prompt=False) else "offline"
+    except Exception as error:  # a malformed key, a server that is not there
+        LOG.warning("W&B: not logged in, so offline: %s", error)
+        mode = "offline"
     settings = wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
     for attempt in dict.fromkeys((mode, "offline")):
         try:
@@ -111,6 +132,6 @@ def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -
                 config=yaml.safe_load(run_yaml),
                 settings=settings,
             )
-        except (wandb.Error, OSError) as error:
+        except Exception as error:  # as above
             LOG.warning("W&B could not start in mode %s: %s", attempt, error)
     return None
