@@ -30,7 +30,13 @@ BAD = {
     "pattern": (["model.axial_config.pattern=[diagonal]"], "unknown pass 'diagonal'"),
     "window": (["data.window=[0,4]"], "data.window"),
     "shards": (["data.shards=nowhere"], "nowhere"),
-    "finished run": (["hydra.run.dir={finished}"], "holds a finished run"),
+    "mlp": (["model.mlp_ratio=0.01"], "model.mlp_ratio=0.01: allowed are"),
+    "bands": (["model.bands=1"], "model.bands=1: the shards hold 3 bands"),
+    "timeout": (["launcher.timeout=nan"], "launcher.timeout=nan: allowed are"),
+    "device": (["launcher.device=tpu"], "launcher.device='tpu': allowed are"),
+    "classes": (["task.classes=3"], "task.classes=3: data.shards="),
+    "run folder": (["hydra.run.dir={finished}/note/run"], "note is not a folder that can be"),
+    "finished run": (["hydra.run.dir={finished}"], "holds the weights of a run"),
 }
 
 
@@ -44,6 +50,7 @@ def test_a_bad_override(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     finished = tmp_path_factory.mktemp("finished")
     (finished / "weights").mkdir()
+    (finished / "note").touch()
     overrides = [override.format(finished=finished) for override in overrides]
     assert main(train(small_shards, *overrides)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -62,6 +69,30 @@ def test_a_file_that_is_no_image(axialtrain, tmp_path):
     (tmp_path / "notes.tif").write_text("not an image")
     refused(axialtrain, ["shard", "notes.tif", "--out", "out"], tmp_path, "notes.tif")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_image_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["shard", "missing.tif", "--out", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "missing.tif" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_only_one_rank_knows_is_said_by_it(
+    small_shards, tmp_path, monkeypatch, capsys
+):
+    """As torchrun starts it; here the second rank finds a damaged shard while it trains."""
+
+    def damaged(*_):
+        raise ValueError("shard-00000.tar: byte 512: is damaged")
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("axialtrain.train.run.run", damaged)
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert main(train(small_shards, f"hydra.run.dir={tmp_path}")) == 2
+    assert capsys.readouterr().err == "axialtrain: rank 1: shard-00000.tar: byte 512: is damaged\n"
 
 
 def test_an_empty_shard_folder(axialtrain, tmp_path):

@@ -1,0 +1,148 @@
+"""From a command line of overrides to a checked config."""
+
+import pytest
+import yaml
+
+from axialtrain.mesh.mesh import MeshConfig
+from axialtrain.models.transformer import AxialTransformer
+from axialtrain.train.check import task_of
+from axialtrain.train.compose import compose_run, config_folder
+
+SHARDS = "data.shards=somewhere"
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides):
+    return compose_run([SHARDS, *overrides])[0]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_builds(name):
+    config, folder, text = compose_run([f"experiment={name}", SHARDS])
+    assert config.name == name
+    assert folder.parent.name == name
+    assert config.data.shards == "somewhere"
+    task_of(config).build(AxialTransformer(config.model))
+    assert yaml.safe_load(text)["model"]["dim"] == config.model.dim
+
+
+def test_there_are_experiments():
+    assert {"quickstart", "reconstruct"} <= set(EXPERIMENTS)
+
+
+def test_without_an_experiment_the_defaults_stand():
+    config = composed()
+    assert config.mesh == MeshConfig()
+    assert (config.zero.stage, config.optim.name, config.task.name) == (1, "adamw", "segmentation")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["mesh=2x2"], MeshConfig(row=2, col=2)),
+        (["mesh=3x5"], MeshConfig(row=3, col=5)),
+        (["mesh=1x17"], MeshConfig(row=1, col=17)),
+        (["mesh=2x3", "mesh.data=2", "mesh.tensor=4"], MeshConfig(2, 2, 3, 4)),
+        (["mesh.data=2", "mesh=2x3"], MeshConfig(2, 2, 3)),
+        (["experiment=quickstart", "mesh=1x4"], MeshConfig(col=4)),
+        (["experiment=quickstart", "mesh=single"], MeshConfig()),
+    ],
+    ids=str,
+)
+def test_any_mesh_is_rows_by_columns(overrides, expected):
+    assert composed(*overrides).mesh == expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_zero_stage_is_a_number(stage):
+    config = composed(f"zero={stage}", "zero.persistence_threshold=7")
+    assert (config.zero.stage, config.zero.persistence_threshold) == (stage, 7)
+
+
+def test_groups_are_chosen_and_their_keys_set():
+    config = composed("task=reconstruction", "task.hidden=0.5", "optim=sgd", "logger=none")
+    assert (config.task.name, config.task.hidden) == ("reconstruction", 0.5)
+    assert (config.optim.name, config.logger.mode) == ("sgd", "disabled")
+
+
+def test_a_long_override_is_one_like_any_other():
+    pattern = ["row+col"] * 40
+    config = composed(f"model.axial_config.pattern=[{','.join(pattern)}]")
+    assert config.model.axial_config.pattern == pattern
+
+
+def test_the_run_folder_is_hydras():
+    assert compose_run([SHARDS, "hydra.run.dir=/some/where"])[1].as_posix() == "/some/where"
+    _, folder, text = compose_run([SHARDS, "name=mine"])
+    assert folder.is_absolute()
+    assert folder.parts[-3:-1] == ("runs", "mine")
+    assert "hydra" not in yaml.safe_load(text)
+
+
+def test_the_yaml_is_the_whole_config():
+    text = compose_run([SHARDS, "mesh=2x3", "zero=2", "train.steps=7"])[2]
+    values = yaml.safe_load(text)
+    assert values["mesh"] == {"data": 1, "row": 2, "col": 3, "tensor": 1}
+    assert (values["zero"]["stage"], values["train"]["steps"]) == (2, 7)
+    assert "???" not in text
+    assert "${" not in text
+
+
+def test_composing_again_forgets_the_first():
+    assert composed("mesh=3x5", "train.steps=7").train.steps == 7
+    config = composed()
+    assert (config.mesh, config.train.steps) == (MeshConfig(), 100)
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
+        ("+train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
+        ("++train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
+        ("nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
+        ("+nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
+        ("task.hidden=0.5", ["unknown key task.hidden"]),  # the other task's
+        ("+task.hidden=0.5", ["unknown key task.hidden", "allowed", "classes", "cells"]),
+        ("+model.axial_config.x=1", ["unknown key model.axial_config.x", "pattern", "positions"]),
+        ("train.steps=many", ["train.steps", "'many'", "Integer"]),
+        ("train.steps=1.5", ["train.steps", "'1.5'", "Integer"]),
+        ("train.steps=0", ["train.steps=0", "allowed", "from 1"]),
+        ("mesh.row=two", ["mesh.row", "'two'", "Integer"]),
+        ("mesh.row=0", ["mesh.row=0", "allowed", "from 1"]),
+        ("mesh=0x2", ["mesh.row=0", "allowed", "from 1"]),
+        ("mesh=2by2", ["mesh=2by2", "allowed", "mesh=RxC"]),
+        ("mesh=2x", ["mesh=2x", "allowed", "mesh=RxC"]),
+        ("mesh=2x2x2", ["mesh=2x2x2", "allowed", "mesh=RxC"]),
+        ("zero=4", ["zero/4", "Available", "0; 1; 2; 3"]),
+        ("zero.stage=4", ["zero.stage=4", "allowed", "0, 1, 2, 3"]),
+        ("experiment=none_such", ["experiment/none_such", "Available", *EXPERIMENTS]),
+        ("optim=lion", ["optim/lion", "Available", "adamw", "sgd"]),
+        ("optim.name=lion", ["optim.name='lion'", "allowed", "adamw", "sgd"]),
+        ("task=none_such", ["task/none_such", "Available", "reconstruction", "segmentation"]),
+        ("model.axial_config.pattern=[row+up]", ["axial_config.pattern", "'up'", "allowed", "col"]),
+        ("data.window=[3]", ["data.window", "[3]", "allowed"]),
+        ("seed=-1", ["seed=-1", "allowed"]),
+        ("logger.mode=loud", ["logger.mode='loud'", "allowed", "offline"]),
+        ("launcher.threads=0", ["launcher.threads=0", "allowed"]),
+        ("schedule.name=linear", ["schedule.name='linear'", "allowed", "cosine"]),
+        ("steps", ["'steps'"]),
+    ],
+)
+def test_what_is_not_allowed_is_named_with_what_is(override, parts):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (all of its message is looked at)
+        composed(override)
+    for part in parts:
+        assert part in str(error.value)
+    for noise in ("Traceback", "object_type", "provider=", "config_dir", "DictConfig"):
+        assert noise not in str(error.value)
+
+
+@pytest.mark.parametrize("experiment", [None, "reconstruct"])
+def test_without_shards_it_is_said_what_to_give(experiment):
+    overrides = [] if experiment is None else [f"experiment={experiment}"]
+    with pytest.raises(ValueError, match=r"^data\.shards is not set: give data\.shards="):
+        compose_run(overrides)

@@ -1,0 +1,164 @@
+"""What a run leaves for people: lines, pictures, and a W&B run that never stands in its way."""
+
+import builtins
+import json
+import logging
+
+import numpy as np
+import pytest
+import wandb
+from matplotlib.image import imread
+
+from axialtrain.tasks.panels import Panel
+from axialtrain.train.track import LoggerConfig, Tracker
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
+    """A user who has no W&B account and is not there to answer."""
+
+    def asked(*_):
+        raise AssertionError("a question was asked")
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "wandb"))
+    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+
+
+def track(folder, mode):
+    """A short run's worth of what a tracker is told."""
+    folder.mkdir()
+    tracker = Tracker(LoggerConfig(mode), folder, "mine", "train: {steps: 2}")
+    tracker.log(1, {"loss": 2.0, "lr": 0.1})
+    tracker.log(2, {"loss": 1.5, "lr": 0.2, "miou": 0.25})
+    pixels = np.zeros((6, 4, 3), np.uint8)
+    pixels[..., 0] = 255
+    tracker.prediction([Panel("image", pixels), Panel("prediction", pixels)], "after 2 steps")
+    tracker.close()
+    return tracker
+
+
+def assert_left(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 2.0, "lr": 0.1},
+        {"step": 2, "loss": 1.5, "lr": 0.2, "miou": 0.25},
+    ]
+    for name in ("loss.png", "prediction.png"):
+        picture = imread(folder / name)
+        assert min(picture.shape[:2]) > 100
+        assert picture.std() > 0.01
+    assert not list(folder.glob("*.tmp*"))
+
+
+def test_without_wandb_there_are_lines_and_pictures(nobody, tmp_path):
+    track(tmp_path / "run", "disabled")
+    assert_left(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "metrics.jsonl",
+        "loss.png",
+        "prediction.png",
+    }
+
+
+def test_lines_are_there_while_the_run_goes_on(nobody, tmp_path):
+    tracker = Tracker(LoggerConfig("disabled"), tmp_path, "mine", "")
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
+
+
+@pytest.mark.parametrize("mode", ["offline", "auto"])
+def test_wandb_runs_offline_without_a_question(mode, nobody, tmp_path):
+    tracker = track(tmp_path / "run", mode)
+    assert_left(tmp_path / "run")
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"miou" in kept.read_bytes()
+    pictures = [path.name.split("_")[0] for path in kept.parent.glob("files/media/images/*.png")]
+    assert sorted(pictures) == ["loss", "prediction"]
+    assert tracker._wandb.settings.mode == "offline"
+    assert tracker._wandb.name == "mine"
+    assert dict(tracker._wandb.config) == {"train": {"steps": 2}}
+
+
+def test_the_environment_can_turn_wandb_off(nobody, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert track(tmp_path / "run", "offline")._wandb is None
+    assert_left(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [wandb.errors.CommError("no answer"), OSError(28, "no space")])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_wandb_that_does_not_start_does_not_fail_the_run(
+    mode, error, nobody, tmp_path, monkeypatch, caplog
+):
+    attempts = []
+
+    def init(**options):
+        attempts.append(options["mode"])
+        raise error
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", init)
+    with caplog.at_level(logging.WARNING, "axialtrain"):
+        track(tmp_path / "run", mode)
+    assert_left(tmp_path / "run")
+    assert attempts == list(dict.fromkeys([mode, "offline"]))
+    assert str(error) in caplog.text
+
+
+def test_a_wandb_that_is_not_reached_goes_on_offline(nobody, tmp_path, monkeypatch):
+    start = wandb.init
+
+    def init(**options):
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no answer")
+        return start(**options)
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", init)
+    assert track(tmp_path / "run", "online")._wandb.settings.mode == "offline"
+    assert_left(tmp_path / "run")
+
+
+def test_a_mode_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"logger\.mode='loud': allowed are .*offline"):
+        LoggerConfig("loud")
+
+
+def test_a_key_that_is_none_is_no_login(nobody, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "foo")
+    assert track(tmp_path / "run", "online")._wandb.settings.mode == "offline"
+    assert_left(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", ["sometimes", "offline"])
+def test_disabled_in_the_config_wins(mode, nobody, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert track(tmp_path / "run", "disabled")._wandb is None
+
+
+def test_a_wandb_that_stops_midway_is_dropped(nobody, tmp_path, monkeypatch, caplog):
+    tracker = Tracker(LoggerConfig("offline"), tmp_path, "mine", "")
+    run = tracker._wandb
+
+    def log(*_, **__):
+        raise wandb.errors.CommError("gone")
+
+    monkeypatch.setattr(run, "log", log)
+    with caplog.at_level(logging.WARNING, "axialtrain"):
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 1.0})
+    assert caplog.text.count("gone") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    run.finish()
+
+
+def test_two_runs_do_not_share_a_folder(nobody, tmp_path):
+    Tracker(LoggerConfig("disabled"), tmp_path, "mine", "")
+    with pytest.raises(ValueError, match="another run writes there"):
+        Tracker(LoggerConfig("disabled"), tmp_path, "mine", "")
