@@ -7,7 +7,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 
 @pytest.mark.slow
