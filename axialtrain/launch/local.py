@@ -15,7 +15,6 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from axialtrain.launch.errors import EXPECTED, say
 
-
 # glibc gives large blocks back at once and faults their pages in anew in every step; kept, a step
 # of the quickstart takes about four fifths of the time. Read when a process starts.
 KEEP_MEMORY = {
@@ -32,7 +31,7 @@ def processes_of_outer_launcher() -> int | None:
 
 
 def device_type(choice: str, processes: int) -> str:
-    """ "cpu" or "cuda", from launcher.device and the size of the mesh. Alike on every rank.
+    """The device type, cpu or cuda, from launcher.device and the size of the mesh.
 
     "auto" is cuda where each process of this machine has a GPU of its own.
     Raises ValueError where cuda is asked for and there are too few.
