@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from axialtrain.launch.local import processes_of_outer_launcher, start
 
+pytestmark = pytest.mark.slow
+
 
 def meet(total: int) -> None:
     dist.init_process_group("gloo")

@@ -12,6 +12,8 @@ from distributed.launcher import run_ranks
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.train.engine import Engine, OptimConfig, ZeroConfig
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "2x2": MeshConfig(row=2, col=2),
     "data 2, row 2": MeshConfig(data=2, row=2),

@@ -18,6 +18,8 @@ from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.train.engine import OptimConfig
 from axialtrain.train.schedule import ScheduleConfig, learning_rate
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "2x2": MeshConfig(row=2, col=2),
     "data 2, row 2": MeshConfig(data=2, row=2),
