@@ -50,5 +50,5 @@ class MaskedReconstructor(nn.Module):
         self.head = nn.Linear(config.dim, config.bands * config.patch**2)
 
     def forward(self, pixels: Tensor, valid: Tensor, hidden: Tensor, place: Place) -> Tensor:
-        """hidden: [B, h, w] -> values [B, h, w, patch^2 * bands], ordered as `to_patches`."""
+        """hidden: [B, h, w] -> values [B, h, w, bands * patch^2], ordered as `to_patches`."""
         return self.head(self.backbone(pixels, valid, place, (hidden, self.mask_token)))

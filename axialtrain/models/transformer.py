@@ -75,12 +75,8 @@ class PatchEmbed(nn.Module):
 
 
 def to_patches(pixels: Tensor, patch: int) -> Tensor:
-    """[B, h * patch, w * patch, C] -> [B, h, w, patch * patch * C].
-
-    Bands innermost, as pixels come: each line of a patch is copied as one run, which is some ten
-    times faster than timm's order (C p q). What loads timm's weights permutes them.
-    """
-    return rearrange(pixels, "B (h p) (w q) C -> B h w (p q C)", p=patch, q=patch)
+    """[B, h * patch, w * patch, C] -> [B, h, w, C * patch * patch], in timm's order."""
+    return rearrange(pixels, "B (h p) (w q) C -> B h w (C p q)", p=patch, q=patch)
 
 
 class AxialTransformer(nn.Module):

@@ -64,13 +64,13 @@ class Reconstruction:
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed squared error [B], number of target values [B]) of this rank's tile.
 
-        output: [B, h, w, patch^2 * bands].
+        output: [B, h, w, bands * patch^2].
         """
         bands = batch.pixels.shape[-1]
         patch = _patch(output, bands)
         target = to_patches(batch.pixels, patch)
         present = to_patches(batch.present[..., None], patch) & self._hidden(batch)[..., None]
-        present = present.repeat_interleave(bands, dim=-1)  # bands are innermost
+        present = present.repeat(1, 1, 1, bands)  # `to_patches` puts bands outermost
         error = torch.where(present, (output - target) ** 2, 0.0)
         return error.sum((1, 2, 3)), present.sum((1, 2, 3))
 
@@ -84,7 +84,7 @@ class Reconstruction:
         """Image, what the model saw, and its reconstruction of the hidden tokens."""
         pixels, bands = batch.pixels[0], batch.pixels.shape[-1]
         patch = _patch(output, bands)
-        painted = rearrange(output[0], "h w (p q C) -> (h p) (w q) C", C=bands, p=patch, q=patch)
+        painted = rearrange(output[0], "h w (C p q) -> (h p) (w q) C", C=bands, p=patch, q=patch)
         hidden = self._hidden(batch)[0]
         hidden = hidden.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[..., None]
         side = next(n for n in (4, 2, 1) if patch % n == 0)

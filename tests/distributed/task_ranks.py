@@ -152,7 +152,7 @@ def plain_reconstruction(output: Tensor, batch: Batch, hidden: Tensor) -> tuple[
     painted = torch.empty_like(batch.pixels, dtype=output.dtype)
     for y in range(h):
         for x in range(w):
-            values = output[:, y, x].view(-1, patch, patch, bands)
+            values = output[:, y, x].view(-1, bands, patch, patch).movedim(1, -1)
             painted[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] = values
     target = batch.present & per_pixel(hidden, patch)
     errors = (painted - batch.pixels).square().sum(-1)

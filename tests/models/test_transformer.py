@@ -94,10 +94,10 @@ def test_a_layer_has_the_parameters_of_a_vit_layer(pattern):
 
 
 def test_patches_are_those_of_a_strided_convolution():
-    """timm embeds patches with one: ours is its weight [D, C, p, q] with bands innermost."""
+    """timm embeds patches with one: its weight [D, C, p, p], flattened, is ours."""
     embed = PatchEmbed(4, BANDS, DIM).double()
     image = torch.randn(2, 12, 20, BANDS, dtype=torch.float64)
-    kernel = embed.proj.weight.view(DIM, 4, 4, BANDS).permute(0, 3, 1, 2)
+    kernel = embed.proj.weight.view(DIM, BANDS, 4, 4)
     expected = F.conv2d(image.movedim(-1, 1), kernel, embed.proj.bias, stride=4).movedim(1, -1)
     valid = torch.ones(2, 3, 5, dtype=torch.bool)
     torch.testing.assert_close(embed(image, valid), expected)
@@ -218,12 +218,12 @@ def test_each_cell_of_a_segmenter_lies_where_its_pixels_are(cells):
     patch = 4
     model = Segmenter(Patches(patch), classes=BANDS, cells=cells).double()
     side = patch // cells
-    weight = torch.zeros(cells, cells, BANDS, patch, patch, BANDS, dtype=torch.float64)
+    weight = torch.zeros(cells, cells, BANDS, BANDS, patch, patch, dtype=torch.float64)
     for i in range(cells):
         for j in range(cells):
             for band in range(BANDS):
                 rows, columns = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
-                weight[i, j, band, rows, columns, band] = side**-2
+                weight[i, j, band, band, rows, columns] = side**-2
     with torch.no_grad():
         model.head.weight.copy_(weight.flatten(0, 2).flatten(1))
         model.head.bias.zero_()

@@ -125,14 +125,14 @@ def test_missing_and_visible_pixels_are_no_targets():
 
 @pytest.mark.parametrize("patch", [3, 6])
 def test_a_perfect_output_has_no_loss_and_paints_the_image(patch):
-    """The order of an output's values is that of a patch's pixels: lines, columns, bands."""
+    """The order of an output's values is that of a patch's pixels: bands, lines, columns."""
     batch, output, _ = a_case(patch=patch)
     height, width = GRID
     perfect = torch.empty_like(output)
     for y in range(height):
         for x in range(width):
             rows, cols = slice(y * patch, (y + 1) * patch), slice(x * patch, (x + 1) * patch)
-            perfect[:, y, x] = batch.pixels[:, rows, cols].flatten(1)
+            perfect[:, y, x] = batch.pixels[:, rows, cols].movedim(-1, 1).flatten(1)
     assert TASK.loss(perfect, batch)[0].tolist() == [0.0] * IMAGES
     image, _, painted = (p.pixels for p in TASK.panels(perfect, batch, mean=0.5, std=0.1))
     assert len(image) > height, "more than a pixel a token: their order can be seen"
