@@ -15,8 +15,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from axialtrain.launch.errors import EXPECTED, say
 
-# glibc gives large blocks back at once, and their pages are faulted in anew in every step: 1.05 s a
-# step of the quickstart against 0.83 s (medians of two paired runs). Read when a process starts.
+# glibc gives large blocks back at once, and their pages are faulted in anew in every step. To see
+# what keeping them saves, set the same names to 131072 in the environment and compare `seconds` in
+# metrics.jsonl. Read when a process starts.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": 2**32,
     "MALLOC_TRIM_THRESHOLD_": 2**33,
