@@ -138,9 +138,37 @@ class Place:
     def under(self, layout: Layout) -> Place:
         return replace(self, layout=layout)
 
+    @property
+    def grid(self) -> Rect:
+        """The whole grid."""
+        return Rect(0, self.height, 0, self.width)
+
     def rect_of(self, at: tuple[int, int]) -> Rect:
         """What the rank at mesh coordinates `at` holds of the same grid, in the same layout."""
         return owned_rect(self.height, self.width, self.layout, self.shape, at)
+
+
+def windows_of(rect: Rect, size: int, shift: int) -> Rect:
+    """The whole windows that `rect` touches, as one rectangle; it may reach outside the image.
+
+    Windows of size x size tokens are cut at the coordinates k * size - shift of the whole grid.
+    An empty rectangle touches none.
+    """
+    if rect.empty:
+        return Rect(0, 0, 0, 0)
+
+    def down(at: int) -> int:
+        return (at + shift) // size * size - shift
+
+    def up(at: int) -> int:
+        return -(-(at + shift) // size) * size - shift
+
+    return Rect(down(rect.top), up(rect.bottom), down(rect.left), up(rect.right))
+
+
+def cuts_windows(length: int, parts: int, size: int, shift: int) -> bool:
+    """Whether a balanced split of `length` tokens into `parts` cuts through a window."""
+    return any((split(length, parts, i)[0] + shift) % size for i in range(1, parts))
 
 
 @dataclass(frozen=True)

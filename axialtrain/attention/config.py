@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from axialtrain.grid import Layout
+from axialtrain.grid import Layout, Place
 
 
 class Pass(enum.Enum):
-    """One attention pass of a layer: along which axis of the image, so under which layout."""
+    """One attention pass of a layer: what each token attends to."""
 
-    ROW = "row"  # each token attends to its row (a line of tokens of length W)
-    COL = "col"  # each token attends to its column (of length H)
+    ROW = "row"  # its row, a line of tokens of length W
+    COL = "col"  # its column, a line of length H
+    WINDOW = "window"  # the window it lies in; windows are cut at multiples of their size
+    SHIFTED = "shifted"  # the same, cut half a window earlier
+    GLOBAL = "global"  # every token of the image
 
     @property
-    def layout(self) -> Layout:
-        return Layout.ROWS if self is Pass.ROW else Layout.COLS
+    def dims(self) -> tuple[int, ...]:
+        """The dims of a [B, H, W, ...] tensor along which a token attends."""
+        return {Pass.ROW: (2,), Pass.COL: (1,)}.get(self, (1, 2))
 
     @property
-    def dim(self) -> int:
-        """The attended dim of a [B, H, W, ...] tensor."""
-        return 2 if self is Pass.ROW else 1
+    def windowed(self) -> bool:
+        return self in (Pass.WINDOW, Pass.SHIFTED)
+
+    def enters(self, place: Place, exchange: str) -> Place:
+        """Where tokens that are at `place` must be for this pass, known without running it.
+
+        exchange: swap, heads or gather (`MeshConfig.exchange`); the last two leave row and column
+        passes in tiles. A global pass works wherever the tokens are.
+        """
+        if self is Pass.GLOBAL:
+            return place
+        if self.windowed or exchange != "swap":
+            return place.under(Layout.TILE)
+        return place.under(Layout.ROWS if self is Pass.ROW else Layout.COLS)
 
 
-POSITIONS = ("rope", "none")
+FUSIONS = ("sequential", "sum")
+POSITIONS = ("rope", "relative", "axial", "none")
 
 
 @dataclass
@@ -32,15 +50,32 @@ class AxialConfig:
     """How the layers of a backbone attend.
 
     pattern: the passes of one layer, '+' joins; the list is cycled over the depth. ["row+col"] is
-        row-then-column in every layer, ["row", "col"] alternates by layer. The passes of a layer
-        share their projections and heads, and each has its own residual.
-    positions: "rope" (rotary, along the active axis, in every layer) or "none".
+        row-then-column in every layer, ["row", "col"] alternates by layer, ["global"] is a
+        standard ViT, ["window", "row+col", "shifted", "global"] a hybrid.
+    fusion: "sequential", each pass has its own residual; or "sum", the passes of a layer see the
+        same input and share one residual.
+    share_projections: whether the passes of a layer share Q, K, V and output projections, heads
+        and norm (sequential), so that a layer has the parameters of a standard ViT layer.
+    positions: "rope" (rotary, along the attended axis, in every layer; over both axes half of
+        each head's channels turn with either), "relative" (learned, per head and axis; over both
+        axes they add), "axial" (learned row and column embeddings, added once at the input, and
+        interpolated to each image's own extent) or "none".
+    window: side of a window, in tokens.
+    span: reach of relative positions, in tokens: tables of 2 span - 1 entries, farther distances
+        take the outermost. null: the extents of the model's grid, which no image may exceed then.
+    skip_axis: chance of leaving out one pass of a layer of several, while training. What runs is
+        scaled so that its expectation is that of evaluation.
 
     Raises ValueError naming the value and what is allowed.
     """
 
     pattern: list[str] = field(default_factory=lambda: ["row+col"])
+    fusion: str = "sequential"
+    share_projections: bool = True
     positions: str = "rope"
+    window: int = 8
+    span: int | None = None
+    skip_axis: float = 0.0
 
     def __post_init__(self) -> None:
         allowed = [one.value for one in Pass]
@@ -58,11 +93,93 @@ class AxialConfig:
                         f"axial_config.pattern: unknown pass {name!r} in {layer!r}: "
                         f"allowed are {allowed}, joined by '+'"
                     )
-        if self.positions not in POSITIONS:
+        for key, choices in (("fusion", FUSIONS), ("positions", POSITIONS)):
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f"axial_config.{key}={getattr(self, key)!r}: allowed are {list(choices)}"
+                )
+        if not isinstance(self.share_projections, bool):
             raise ValueError(
-                f"axial_config.positions={self.positions!r}: allowed are {list(POSITIONS)}"
+                f"axial_config.share_projections={self.share_projections!r}: allowed are true, "
+                "false"
             )
+        for key in ("window", "span"):
+            value = getattr(self, key)
+            if (key, value) != ("span", None) and (type(value) is not int or value < 1):
+                raise ValueError(f"axial_config.{key}={value!r}: allowed are whole numbers from 1")
+        if not 0 <= self.skip_axis <= 1:
+            raise ValueError(f"axial_config.skip_axis={self.skip_axis}: allowed is 0 to 1")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> AxialConfig:
+        """From a dictionary, whose unknown keys are a ValueError."""
+        known = [one.name for one in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"axial_config: unknown key {key!r}: allowed are {known}")
+        return cls(**values)
 
     def passes(self, layer: int) -> tuple[Pass, ...]:
         """The passes of layer number `layer`, in order."""
         return tuple(Pass(name) for name in self.pattern[layer % len(self.pattern)].split("+"))
+
+    @property
+    def all_passes(self) -> frozenset[Pass]:
+        """Every pass that some layer has."""
+        return frozenset(one for layer in range(len(self.pattern)) for one in self.passes(layer))
+
+    @property
+    def _far(self) -> list[Pass]:
+        """The passes that reach as far as the image does."""
+        return [one for one in self.all_passes if not one.windowed]
+
+    def check_heads(self, dim: int, heads: int) -> None:
+        """Raise ValueError where a model of that width cannot have so many heads."""
+        if dim % heads:
+            raise ValueError(f"model.heads={heads} does not divide model.dim={dim}")
+        width = dim // heads
+        if self.positions != "rope":
+            return
+        if width % 2:
+            raise ValueError(
+                f"axial_config.positions=rope needs an even head width, got model.dim={dim} / "
+                f"model.heads={heads} = {width}"
+            )
+        areas = sorted(one.value for one in self.all_passes if len(one.dims) == 2)
+        if areas and width % 4:
+            raise ValueError(
+                f"axial_config.positions=rope in a {areas[0]} pass gives half of each head to "
+                f"either axis, so the head width must be a multiple of 4: got model.dim={dim} / "
+                f"model.heads={heads} = {width}"
+            )
+
+    def check_span(self, grid: tuple[int, int] | None) -> None:
+        """Raise ValueError where learned positions have no size to be made for."""
+        if self.positions == "relative" and self.span is None and grid is None and self._far:
+            raise ValueError(
+                "axial_config.positions=relative needs to know its tables' size: give "
+                "axial_config.span, or the model's grid"
+            )
+        if self.positions == "axial" and grid is None:
+            raise ValueError(
+                "axial_config.positions=axial needs to know its embeddings' size: give the "
+                "model's grid, [height, width] in tokens"
+            )
+
+    def check_grid(self, height: int, width: int, grid: tuple[int, int] | None) -> None:
+        """Raise ValueError where an image of height x width tokens cannot be attended to.
+
+        grid: that which the model was made for.
+        """
+        if any(one.windowed for one in self.all_passes) and self.window > min(height, width):
+            raise ValueError(
+                f"axial_config.window={self.window} is larger than the grid of {height} x {width} "
+                f"tokens: allowed are 1 to {min(height, width)}"
+            )
+        if self.positions == "relative" and self.span is None and grid is not None:
+            size = (height, width)
+            if any(size[dim - 1] > grid[dim - 1] for one in self._far for dim in one.dims):
+                raise ValueError(
+                    f"a grid of {height} x {width} tokens exceeds the relative positions, made for "
+                    f"{grid[0]} x {grid[1]}: give axial_config.span, beyond which they are clipped"
+                )

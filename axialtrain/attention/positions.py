@@ -1,9 +1,14 @@
-"""Rotary position embedding along one axis (RoFormer, arXiv 2104.09864, eq. 34)."""
+"""Positions: rotary along one axis or both, relative biases, and factorised embeddings.
+
+All of them come from global coordinates of tokens, so they are the same on every mesh.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from axialtrain.grid import Place, Rect
 
 Device = torch.device | str | None
 
@@ -13,8 +18,8 @@ def rotary_angles(
 ) -> Tensor:
     """Angles [stop - start, K / 2] of the tokens with global coordinates start..stop.
 
-    Channel pair i turns by coordinate * base^(-2 i / K). In fp64, so that far coordinates of a
-    gigapixel image keep their phase.
+    Channel pair i turns by coordinate * base^(-2 i / K) (RoFormer, arXiv 2104.09864, eq. 15 and
+    34). In fp64, so that far coordinates of a gigapixel image keep their phase.
     """
     if head_dim % 2:
         raise ValueError(f"rope needs an even head width, got K={head_dim}")
@@ -37,3 +42,79 @@ def rotate(x: Tensor, angles: Tensor, dim: int) -> Tensor:
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_tokens(x: Tensor, rect: Rect, dims: tuple[int, ...]) -> Tensor:
+    """Rotary positions of the tokens of `rect`, for attention along `dims`.
+
+    x: [B, h, w, N, K]. Along one dim all K channels turn with its coordinate; along both, the
+    first half turns with the row's and the second with the column's, as in timm.
+    """
+    spans = {1: (rect.top, rect.bottom), 2: (rect.left, rect.right)}
+    parts = [
+        rotate(part, rotary_angles(*spans[dim], part.shape[-1], device=x.device), dim)
+        for part, dim in zip(x.chunk(len(dims), -1), dims, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    """[N, Lq, Lk] from a table of learned biases, for tokens at the given global coordinates.
+
+    table: [N, 2 S - 1]; the bias of a query at i and a key at j stands at j - i + S - 1, farther
+    distances than S - 1 taking the outermost entry (arXiv 1803.02155, section 3.2).
+    queries, keys: half-open intervals of coordinates.
+    """
+    span = (table.shape[1] + 1) // 2
+    # All distances in a row, smallest first; then each query has a window of it, and the next
+    # query's lies one to the left. No gather over Lq * Lk, and none in backward.
+    distances = torch.arange(
+        keys[0] - (queries[1] - 1), keys[1] - queries[0], device=table.device
+    ).clamp(1 - span, span - 1)
+    line = table[:, distances + span - 1]
+    return line.unfold(1, keys[1] - keys[0], 1).flip(1)
+
+
+class AxialEmbedding(nn.Module):
+    """Learned E_rows[i] + E_cols[j], added once to the token at (i, j) (arXiv 1912.12180, 3.3).
+
+    Made for a grid of height x width tokens; for an image of other extent each of the two is
+    interpolated linearly, the outer edges of first and last token falling on those of the image.
+    """
+
+    def __init__(self, height: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(height, dim))
+        self.cols = nn.Parameter(torch.empty(width, dim))
+        for table in (self.rows, self.cols):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, x: Tensor, place: Place, valid: Tensor | None) -> Tensor:
+        """x: [B, h, w, D] under `place`, valid: [B, H, W] of the whole grid -> [B, h, w, D].
+
+        An image extends from the first row and column to the last that has a valid token.
+        """
+        rect = place.rect
+        if valid is None:
+            heights = torch.full((x.shape[0],), place.height, device=x.device)
+            widths = torch.full((x.shape[0],), place.width, device=x.device)
+        else:
+            heights, widths = _extent(valid.any(2)), _extent(valid.any(1))
+        rows = _interpolated(self.rows, heights, rect.top, rect.bottom)
+        cols = _interpolated(self.cols, widths, rect.left, rect.right)
+        return x + rows[:, :, None] + cols[:, None]
+
+
+def _extent(used: Tensor) -> Tensor:
+    """used: bool [B, L] -> how many lines there are up to the last used one, [B], 1 at least."""
+    return (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1).clamp_min(1)
+
+
+def _interpolated(table: Tensor, extents: Tensor, start: int, stop: int) -> Tensor:
+    """[B, stop - start, D]: the table [L, D] stretched to each extent, at start..stop."""
+    at = torch.arange(start, stop, dtype=torch.float64, device=table.device) + 0.5
+    at = (at * (table.shape[0] / extents[:, None].double()) - 0.5).clamp(0, table.shape[0] - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp_max(table.shape[0] - 1)
+    share = (at - low).to(table.dtype)[..., None]
+    return torch.lerp(table[low], table[high], share)

@@ -233,7 +233,7 @@ class Loader:
         self.order = Order(len(self.windows), seed)
         self.bytes_read = 0
         self.tiles_decoded = 0
-        self._check_sizes()
+        self.grids = self._check_sizes()
 
     def steps(self, first: int, last: int) -> Steps:
         """For each optimizer step first..last-1, its micro-batches on this data rank."""
@@ -274,8 +274,10 @@ class Loader:
             )
         return step
 
-    def _check_sizes(self) -> None:
-        """ValueError if a window's grid is smaller than the mesh, or too large for the memory.
+    def _check_sizes(self) -> list[tuple[int, int]]:
+        """The grids that batches may have, smallest and largest among them, in tokens.
+
+        ValueError if a window's grid is smaller than the mesh, or too large for the memory.
 
         Judged by the largest part that any rank can have, so that all ranks refuse alike.
         """
@@ -289,7 +291,7 @@ class Loader:
                     raise ValueError(f"data.window: sample {window.id}: {error}") from None
         sizes = [(place.height, place.width) for place in places.values()]
         if self.micro_batch > 1:  # the highest and the widest may meet in one, and pad each other
-            sizes = [(max(height for height, _ in sizes), max(width for _, width in sizes))]
+            sizes.append((max(height for height, _ in sizes), max(width for _, width in sizes)))
         rows, cols = self.mesh_shape
         tokens = max(-(-height // rows) * -(-width // cols) for height, width in sizes)
         pixels = tokens * self.patch**2 * self.micro_batch
@@ -303,6 +305,7 @@ class Loader:
                 f"mesh row={rows} col={cols} take up to {held / 1e9:.3f} GB, allowed are the "
                 f"{memory_bytes() / 1e9:.3f} GB of this machine's memory"
             )
+        return sizes
 
     def _slots_of_step(self, step: int, accumulated: int) -> list[_Slot]:
         slots = []

@@ -31,6 +31,13 @@ def all_to_all(flat: Tensor, send: Sequence[int], receive: Sequence[int], group:
     return out
 
 
+def max_over(x: Tensor, group: Group) -> Tensor:
+    """Maximum of x over the ranks of `group`, on each of them. Not differentiable."""
+    if group.size == 1:
+        return x
+    return _all_reduce(x, group, dist.ReduceOp.MAX)
+
+
 class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -44,11 +51,11 @@ class _SumOver(torch.autograd.Function):
         return _all_reduce(grads[0], ctx.group), None
 
 
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
+def _all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     # A ring all-reduce sends each element twice, less one part of the group.
     group.sent_bytes += 2 * out.numel() * out.element_size() * (group.size - 1) // group.size
-    dist.all_reduce(out, group=group.handle)
+    dist.all_reduce(out, op, group=group.handle)
     return out
 
 

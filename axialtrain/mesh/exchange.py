@@ -1,20 +1,24 @@
 """How tokens move: from owned rectangles of the grid to wanted, possibly overlapping, ones.
 
-One primitive (`redistribute`) serves swaps between layouts, and later halos, strides and
-resampling. What each rank sends and receives is intersections of rectangles, known from arithmetic
-on every rank; it costs one uneven all-to-all in the smallest group that holds all of it.
+One primitive (`redistribute`) serves swaps between layouts, windows, gathered keys and values, and
+later halos, strides and resampling. What each rank sends and receives is intersections of
+rectangles, known from arithmetic on every rank; it costs one uneven all-to-all in the smallest
+group that holds all of it. Beside it, `deal_heads` exchanges parts of lines against heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.grid import Layout, Messages, Place, Rect, messages
-from axialtrain.mesh.collectives import all_to_all
+from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.mesh import Group, Mesh
 
 
@@ -25,6 +29,8 @@ def redistribute(x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Gr
     zeros where a wanted rectangle reaches outside what anybody owns.
     Adjoint: the same messages backwards, gradients of what several ranks wanted being added.
     """
+    if x.dtype is torch.bool:  # a mask: not every backend sends booleans
+        return _Redistribute.apply(x.to(torch.uint8), owned, wanted, plan, group).bool()
     return _Redistribute.apply(x, owned, wanted, plan, group)
 
 
@@ -63,6 +69,31 @@ def _move(
     return out
 
 
+def _peers(
+    place: Place, mesh: Mesh, *, across_rows: bool, across_cols: bool
+) -> tuple[Group | None, tuple[tuple[int, int], ...]]:
+    """The smallest group of ranks among which tokens move, and their coordinates, in its order.
+
+    across_rows: whether they move between bands of rows (along mesh axis row); across_cols alike.
+    None where each rank keeps to itself.
+    """
+    if place.shape != mesh.shape:
+        raise ValueError(
+            f"tokens are placed on row x col = {place.shape}, the mesh is {mesh.shape}: "
+            "make places with mesh.place(height, width)"
+        )
+    (rows, cols), (row, col) = place.shape, place.at
+    if across_rows and across_cols:
+        group, members = mesh.spatial, tuple((r, c) for r in range(rows) for c in range(cols))
+    elif across_rows:
+        group, members = mesh.row, tuple((r, col) for r in range(rows))
+    elif across_cols:
+        group, members = mesh.col, tuple((row, c) for c in range(cols))
+    else:
+        return None, (place.at,)
+    return (None if group.size == 1 else group), members
+
+
 @lru_cache(maxsize=256)
 def _swap_plan(place: Place, layout: Layout, members: tuple[tuple[int, int], ...]) -> Messages:
     goal = place.under(layout)
@@ -76,44 +107,213 @@ def _swap_plan(place: Place, layout: Layout, members: tuple[tuple[int, int], ...
 def swap(x: Tensor, place: Place, layout: Layout, mesh: Mesh) -> Tensor:
     """x: [B, h, w, ...] under place.layout. Returns the same tokens under `layout`.
 
-    TILE <-> ROWS talks along mesh axis col, TILE <-> COLS along row, ROWS <-> COLS among all
-    spatial ranks of the image. Adjoint: the swap back.
+    TILE <-> ROWS talks along mesh axis col, TILE <-> COLS along row. ROWS <-> COLS is one
+    all-to-all among all spatial ranks of the image, or, where mesh.swap is "hierarchical", two:
+    through TILE. Adjoint: the swap back.
     """
-    if place.shape != mesh.shape:
-        raise ValueError(
-            f"tokens are placed on row x col = {place.shape}, the mesh is {mesh.shape}: "
-            "make places with mesh.place(height, width)"
-        )
-    if layout is place.layout:
-        return x
-    (rows, cols), (row, col) = place.shape, place.at
     pair = {place.layout, layout}
-    if pair == {Layout.TILE, Layout.ROWS}:
-        group, members = mesh.col, tuple((row, c) for c in range(cols))
-    elif pair == {Layout.TILE, Layout.COLS}:
-        group, members = mesh.row, tuple((r, col) for r in range(rows))
-    else:
-        group, members = mesh.spatial, tuple((r, c) for r in range(rows) for c in range(cols))
-    if group.size == 1:
+    direct = Layout.TILE not in pair
+    if direct and layout is not place.layout and mesh.config.swap == "hierarchical":
+        x = swap(x, place, Layout.TILE, mesh)
+        return swap(x, place.under(Layout.TILE), layout, mesh)
+    group, members = _peers(
+        place,
+        mesh,
+        across_rows=direct or Layout.COLS in pair,
+        across_cols=direct or Layout.ROWS in pair,
+    )
+    if group is None or layout is place.layout:
         return x
     plan = _swap_plan(place, layout, members)
-    if x.dtype is torch.bool:  # a mask: not every backend sends booleans
-        return redistribute(
-            x.to(torch.uint8), place.rect, place.under(layout).rect, plan, group
-        ).bool()
     return redistribute(x, place.rect, place.under(layout).rect, plan, group)
 
 
-class Exchange(nn.Module):
-    """The point in a model where tokens change layout. Serial until `parallelize` sets its mesh."""
+def fetch(
+    x: Tensor,
+    place: Place,
+    wanted: Callable[[Rect], Rect],
+    mesh: Mesh,
+    *,
+    across_rows: bool,
+    across_cols: bool,
+) -> Tensor:
+    """x: [B, h, w, ...] under `place` -> [B, h', w', ...], the tokens of wanted(place.rect).
 
-    def __init__(self) -> None:
+    wanted: which rectangle a rank wants, from the one that it holds; the same rule on all ranks.
+        It may overlap others' and reach outside the image, where it gets zeros.
+    across_rows, across_cols: whether any rank wants tokens of another band of rows, of columns.
+    Adjoint: what was received goes back, and is added up where it came from.
+    """
+    group, members = _peers(place, mesh, across_rows=across_rows, across_cols=across_cols)
+    if group is None:
+        return crop(x, place.rect, wanted(place.rect))
+    owned = [place.rect_of(at) for at in members]
+    goals = [wanted(rect) for rect in owned]
+    me = members.index(place.at)
+    return redistribute(x, owned[me], goals[me], messages(owned, goals, me), group)
+
+
+def crop(x: Tensor, owned: Rect, wanted: Rect) -> Tensor:
+    """x: [B, owned.height, owned.width, ...] -> the tokens of `wanted`, zeros outside `owned`.
+
+    x itself where the two are the same.
+    """
+    if owned == wanted:
+        return x
+    sides = (
+        owned.left - wanted.left,
+        wanted.right - owned.right,
+        owned.top - wanted.top,
+        wanted.bottom - owned.bottom,
+    )
+    return F.pad(x, (0, 0) * (x.ndim - 3) + sides)
+
+
+def deal_heads(x: Tensor, place: Place, dim: int, mesh: Mesh) -> Tensor:
+    """x: [B, h, w, N, C] of this rank's tile -> [B, h', w', N / P, C]: whole lines, some heads.
+
+    dim: that along which lines become whole, 2 (rows, among the P ranks of mesh axis col) or 1
+        (columns, along mesh axis row). Rank p of them gets the p-th part of the heads.
+    Adjoint: `collect_heads`. Raises ValueError where P does not divide N.
+    """
+    return _deal(x, place, dim, mesh, back=False)
+
+
+def collect_heads(x: Tensor, place: Place, dim: int, mesh: Mesh) -> Tensor:
+    """The inverse of `deal_heads`, and its adjoint. place: that of the tile."""
+    return _deal(x, place, dim, mesh, back=True)
+
+
+def _deal(x: Tensor, place: Place, dim: int, mesh: Mesh, *, back: bool) -> Tensor:
+    assert place.layout is Layout.TILE, "heads are dealt out from tiles"
+    group, members = _peers(place, mesh, across_rows=dim == 1, across_cols=dim == 2)
+    if group is None:
+        return x
+    if not back and x.shape[3] % group.size:
+        raise ValueError(
+            f"mesh.exchange=heads: {x.shape[3]} heads of a rank cannot be dealt out over "
+            f"{group.size} ranks: allowed are multiples, mesh.exchange=swap, mesh.exchange=gather"
+        )
+    rects = tuple(place.rect_of(at) for at in members)
+    return _DealHeads.apply(x, rects, group, back)
+
+
+class _DealHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rects: tuple[Rect, ...], group: Group, back: bool) -> Tensor:
+        ctx.rects, ctx.group, ctx.back = rects, group, back
+        return (_to_tile if back else _to_lines)(x, rects, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        move = _to_lines if ctx.back else _to_tile
+        return move(grads[0], ctx.rects, ctx.group), None, None, None
+
+
+def _joined(rects: Sequence[Rect]) -> Rect:
+    first, last = rects[0], rects[-1]
+    return Rect(first.top, last.bottom, first.left, last.right)
+
+
+def _to_lines(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
+    batch, _, _, heads, width = x.shape
+    part = heads // group.size
+    packed = torch.cat([chunk.reshape(-1) for chunk in x.chunk(group.size, 3)])
+    sizes = [batch * rect.area * part * width for rect in rects]
+    received = all_to_all(packed, [sizes[group.rank]] * group.size, sizes, group)
+    lines = _joined(rects)
+    out = x.new_empty(batch, lines.height, lines.width, part, width)
+    for rect, piece in zip(rects, received.split(sizes), strict=True):
+        out[:, *rect.slices(lines)] = piece.view(batch, rect.height, rect.width, part, width)
+    return out
+
+
+def _to_tile(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
+    batch, _, _, part, width = x.shape
+    lines, mine = _joined(rects), rects[group.rank]
+    packed = torch.cat([x[:, *rect.slices(lines)].reshape(-1) for rect in rects])
+    sizes = [batch * rect.area * part * width for rect in rects]
+    received = all_to_all(packed, sizes, [sizes[group.rank]] * group.size, group)
+    chunks = received.view(group.size, batch, mine.height, mine.width, part, width)
+    return rearrange(chunks, "P B h w N C -> B h w (P N) C")
+
+
+class Exchange(nn.Module):
+    """The point in a model where tokens meet those of other ranks. Serial until `parallelize`.
+
+    heads, rows, cols: of the attention that deals out its heads here, so that a mesh which cannot
+        do that is refused at once: how many there are, and whether along rows and columns.
+    """
+
+    def __init__(self, heads: int = 0, *, rows: bool = False, cols: bool = False) -> None:
         super().__init__()
+        self.heads, self.rows, self.cols = heads, rows, cols
         self.mesh: Mesh | None = None
+
+    @property
+    def kind(self) -> str:
+        """How row and column passes see whole lines: swap, heads or gather (`MeshConfig`)."""
+        return "swap" if self.mesh is None else self.mesh.config.exchange
+
+    def attach(self, mesh: Mesh) -> None:
+        """Exchange over `mesh` from now on. ValueError where it cannot deal out the heads."""
+        if self.heads:
+            mesh.config.check_heads(self.heads, rows=self.rows, cols=self.cols)
+        self.mesh = mesh
 
     def forward(self, x: Tensor, place: Place, layout: Layout) -> Tensor:
         """x: [B, h, w, ...] under place.layout -> the same tokens under `layout`."""
-        if self.mesh is None:
-            assert place.shape == (1, 1), "a model on several ranks goes through parallelize()"
+        if self._alone(place):
             return x
+        assert self.mesh is not None
         return swap(x, place, layout, self.mesh)
+
+    def fetch(
+        self,
+        x: Tensor,
+        place: Place,
+        wanted: Callable[[Rect], Rect],
+        *,
+        across_rows: bool,
+        across_cols: bool,
+    ) -> Tensor:
+        """The tokens of wanted(place.rect): see `fetch`."""
+        if self._alone(place):
+            return crop(x, place.rect, wanted(place.rect))
+        assert self.mesh is not None
+        return fetch(x, place, wanted, self.mesh, across_rows=across_rows, across_cols=across_cols)
+
+    def everywhere(self, mask: Tensor, place: Place) -> Tensor:
+        """mask: bool [B, h, w] under `place` -> that of the whole grid [B, H, W], on every rank."""
+        return self.fetch(mask, place, lambda _: place.grid, across_rows=True, across_cols=True)
+
+    def deal_heads(self, x: Tensor, place: Place, dim: int) -> Tensor:
+        """Parts of lines and all heads -> whole lines and a part of the heads: see `deal_heads`."""
+        assert self.mesh is not None, "a serial model has whole lines"
+        return deal_heads(x, place, dim, self.mesh)
+
+    def collect_heads(self, x: Tensor, place: Place, dim: int) -> Tensor:
+        """The way back."""
+        assert self.mesh is not None, "a serial model has whole lines"
+        return collect_heads(x, place, dim, self.mesh)
+
+    def my_heads(self, heads: int, dim: int) -> slice:
+        """Which of the `heads` heads that went into `deal_heads` this rank got."""
+        assert self.mesh is not None, "a serial model has all heads"
+        group = self.mesh.col if dim == 2 else self.mesh.row
+        part = heads // group.size
+        return slice(part * group.rank, part * (group.rank + 1))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share an image. Adjoint: itself."""
+        return x if self.mesh is None else sum_over(x, self.mesh.spatial)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Maximum over the ranks that share an image, without gradient."""
+        return x.detach() if self.mesh is None else max_over(x.detach(), self.mesh.spatial)
+
+    def _alone(self, place: Place) -> bool:
+        assert self.mesh is not None or place.shape == (1, 1), (
+            "a model on several ranks goes through parallelize()"
+        )
+        return self.mesh is None

@@ -17,23 +17,38 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from axialtrain.grid import Layout, Place
 
 AXES = ("data", "row", "col", "tensor")
+EXCHANGES = ("swap", "heads", "gather")
+SWAPS = ("auto", "direct", "hierarchical")
 
 
 @dataclass
 class MeshConfig:
-    """Degrees along the four mesh axes.
+    """Degrees along the four mesh axes, and what travels along them.
 
     data: replicas that see different images.
     row, col: bands of rows and of columns of one image's token grid.
     tensor: parts of every attention head group and MLP.
+    exchange: how row and column passes see whole lines, with the same numbers. "swap": tokens move
+        to whole lines and stay there. "heads": tokens stay in tiles; Q, K, V and the output are
+        exchanged against heads. "gather": tokens stay; each rank gets the keys and values of its
+        lines.
+    swap: how tokens get from whole rows to whole columns. "direct": one all-to-all among all ranks
+        of the image. "hierarchical": two, one along each axis, through tiles. "auto": direct.
     """
 
     data: int = 1
     row: int = 1
     col: int = 1
     tensor: int = 1
+    exchange: str = "swap"
+    swap: str = "auto"
 
     def __post_init__(self) -> None:
+        for key, allowed in (("exchange", EXCHANGES), ("swap", SWAPS)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"mesh.{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}"
+                )
         for axis, degree in self.degrees.items():
             if degree < 1:
                 raise ValueError(f"mesh.{axis}={degree}: allowed are whole numbers from 1")
@@ -49,6 +64,22 @@ class MeshConfig:
 
     def __str__(self) -> str:
         return " x ".join(f"{axis}={degree}" for axis, degree in self.degrees.items())
+
+    def check_heads(self, heads: int, *, rows: bool, cols: bool) -> None:
+        """Raise ValueError where exchange "heads" cannot deal out `heads` heads.
+
+        rows, cols: whether there are row passes, column passes.
+        """
+        if self.exchange != "heads":
+            return
+        for used, what, axis in ((rows, "row", "col"), (cols, "column", "row")):
+            parts = self.tensor * self.degrees[axis]
+            if used and heads % parts:
+                raise ValueError(
+                    f"mesh.exchange=heads: {what} passes deal out the {heads} heads over tensor x "
+                    f"{axis} = {self.tensor} x {self.degrees[axis]} ranks: allowed are multiples "
+                    f"of {parts}, mesh.exchange=swap and mesh.exchange=gather"
+                )
 
 
 @dataclass
@@ -77,6 +108,7 @@ class Mesh:
 
     A process outside `torch.distributed` is the mesh 1 x 1 x 1 x 1, on the same code path.
 
+    exchange, swap: see `MeshConfig`.
     Raises ValueError where the degrees do not multiply to the number of processes.
     """
 
@@ -87,10 +119,12 @@ class Mesh:
         col: int = 1,
         tensor: int = 1,
         *,
+        exchange: str = "swap",
+        swap: str = "auto",
         device_type: str = "cpu",
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.config = MeshConfig(data, row, col, tensor)
+        self.config = MeshConfig(data, row, col, tensor, exchange, swap)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.config.size != world:
             raise ValueError(

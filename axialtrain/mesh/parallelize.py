@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Group, Mesh
+from axialtrain.mesh.per_head import PerHead
 
-# timm's names, which all our backbones share: (module, projections in, projection out).
+# timm's names, which all our backbones share: (module, projections in, projection out). Where the
+# passes of a layer have projections of their own, they are attn.0, attn.1.
 SPLIT = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 
 
@@ -34,21 +40,41 @@ def parallelize(
     columns. Sharded parameters carry `model_parallel = True`, from which DeepSpeed knows that
     their norms add up over the tensor axis.
 
-    Raises ValueError where the heads or the MLP width do not divide by mesh.tensor.
+    Tables per head stay whole and are narrowed to the heads of a rank (`PerHead`).
+
+    Raises ValueError where the heads or the MLP width do not divide by mesh.tensor, or the heads
+    not by what mesh.exchange=heads deals them out over.
     """
     for module in model.modules():
         if isinstance(module, Exchange):
-            module.mesh = mesh
+            module.attach(mesh)
     if mesh.tensor.size == 1:
         return model
     _check(model, mesh.tensor.size)
     _start_fairscale(mesh, timeout)
-    for name, module in list(model.named_modules()):
-        first, last = SPLIT.get(name.rpartition(".")[2], (None, None))
-        if first is not None and last is not None:
-            module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
-            module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
+    for _, kind, module in _split_modules(model):
+        first, last = SPLIT[kind]
+        module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
+        module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
+    for module in model.modules():
+        if isinstance(module, PerHead):
+            module.local = partial(_heads_of, group=mesh.tensor)
     return model
+
+
+def _split_modules(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
+    """(name, attn or mlp, module) of the modules whose projections are split."""
+    found = []
+    for name, module in model.named_modules():
+        named = re.search(r"(?:^|\.)(attn|mlp)(?:\.\d+)?$", name)
+        if named and not isinstance(module, nn.ModuleList):
+            found.append((name, named[1], module))
+    return found
+
+
+def _heads_of(table: Tensor, group: Group) -> Tensor:
+    # Copy forward, sum backward: each rank has the gradient of its own heads only.
+    return copy_to_model_parallel_region(table).chunk(group.size)[group.rank]
 
 
 def tensor_dims(model: nn.Module) -> dict[str, int]:
@@ -74,12 +100,14 @@ def check_divides(what: str, value: int, tensor: int) -> None:
 
 
 def _check(model: nn.Module, tensor: int) -> None:
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "attn":
-            heads = module.get_submodule("qkv").out_features // (3 * module.head_dim)
-            check_divides(f"{name}: heads", heads, tensor)
-        elif name.rpartition(".")[2] == "mlp":
-            check_divides(f"{name}: width", module.get_submodule("fc1").out_features, tensor)
+    for name, kind, module in _split_modules(model):
+        first = module.get_submodule(SPLIT[kind][0])
+        assert isinstance(first, nn.Linear), f"{name} is spread once"
+        if kind == "attn":
+            head_dim: Any = module.head_dim
+            check_divides(f"{name}: heads", first.out_features // (3 * head_dim), tensor)
+        else:
+            check_divides(f"{name}: width", first.out_features, tensor)
 
 
 def _start_fairscale(mesh: Mesh, timeout: timedelta) -> None:

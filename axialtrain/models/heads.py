@@ -1,4 +1,4 @@
-"""Heads: what a task reads off the tokens. Token by token, so each runs where its tokens are."""
+"""Heads: what a task reads off the tokens, where they are or pooled over all ranks of the image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from axialtrain.attention.merge import attend_everywhere
 from axialtrain.grid import Place
+from axialtrain.mesh.exchange import Exchange
+from axialtrain.models.chance import Chance
+from axialtrain.models.layer import Mlp
 from axialtrain.models.transformer import AxialTransformer
+
+POOLS = ("mean", "prefix", "attention")
 
 
 class Segmenter(nn.Module):
@@ -29,9 +35,12 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.dim, cells * cells * classes)
 
-    def forward(self, pixels: Tensor, valid: Tensor, place: Place) -> Tensor:
+    def forward(
+        self, pixels: Tensor, valid: Tensor | None, place: Place, chance: Chance | None = None
+    ) -> Tensor:
         """-> logits [B, h * cells, w * cells, classes] of this rank's tile."""
-        logits = self.head(self.backbone(pixels, valid, place))
+        tokens, _ = self.backbone(pixels, valid, place, chance=chance)
+        logits = self.head(tokens)
         return rearrange(logits, "B h w (p q C) -> B (h p) (w q) C", p=self.cells, q=self.cells)
 
 
@@ -49,6 +58,89 @@ class MaskedReconstructor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(config.dim, config.bands * config.patch**2)
 
-    def forward(self, pixels: Tensor, valid: Tensor, hidden: Tensor, place: Place) -> Tensor:
+    def forward(
+        self,
+        pixels: Tensor,
+        valid: Tensor | None,
+        hidden: Tensor,
+        place: Place,
+        chance: Chance | None = None,
+    ) -> Tensor:
         """hidden: [B, h, w] -> values [B, h, w, bands * patch^2], ordered as `to_patches`."""
-        return self.head(self.backbone(pixels, valid, place, (hidden, self.mask_token)))
+        tokens, _ = self.backbone(pixels, valid, place, (hidden, self.mask_token), chance)
+        return self.head(tokens)
+
+
+class Classifier(nn.Module):
+    """Backbone and one prediction for a whole image, the same on every rank that has a part of it.
+
+    pool: what the classes are read off. "mean" of the valid tokens; "prefix", the first prefix
+    token; "attention", a learned query over the valid tokens (`AttentionPool`).
+    Raises ValueError for another pool, or "prefix" where the backbone has no prefix tokens.
+    """
+
+    def __init__(self, backbone: AxialTransformer, classes: int, pool: str = "mean") -> None:
+        super().__init__()
+        config = backbone.config
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r}: allowed are {list(POOLS)}")
+        if pool == "prefix" and not config.prefix_tokens:
+            raise ValueError(
+                "pool='prefix' reads the first prefix token, and model.prefix_tokens=0: allowed "
+                "are numbers from 1"
+            )
+        self.backbone = backbone
+        self.pool = pool
+        self.attn_pool: AttentionPool | None = None
+        if pool == "attention":
+            self.attn_pool = AttentionPool(config.dim, config.heads, config.mlp_width)
+        self.head = nn.Linear(config.dim, classes)
+        self.exchange = Exchange()
+
+    def forward(
+        self, pixels: Tensor, valid: Tensor | None, place: Place, chance: Chance | None = None
+    ) -> Tensor:
+        """-> logits [B, classes], from pooled sums: no factor row x col in its loss."""
+        tokens, prefix = self.backbone(pixels, valid, place, chance=chance)
+        if self.attn_pool is not None:
+            return self.head(self.attn_pool(tokens, valid))
+        if self.pool == "prefix":
+            return self.head(prefix[:, 0])
+        if valid is None:
+            count = torch.full_like(tokens[:, 0, 0, :1], place.height * place.width)
+        else:
+            count = self.exchange.sum(valid.sum((1, 2)).to(tokens.dtype)).clamp_min(1)[:, None]
+        # Tokens that are not valid are zeros.
+        return self.head(self.exchange.sum(tokens.sum((1, 2))) / count)
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to all valid tokens of the image (Set Transformer's pooling,
+    arXiv 1810.00825, eq. 11), then an MLP with its residual. Parameter names and packing are those
+    of timm's `AttentionPoolLatent`.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"model.heads={heads} does not divide model.dim={dim}")
+        self.heads = heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.latent, std=dim**-0.5)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_width)
+        self.exchange = Exchange()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x: [B, h, w, D], valid: bool [B, h, w] of this rank's part -> [B, D] of the image."""
+        q = rearrange(
+            self.q(self.latent.expand(x.shape[0], -1, -1)), "B n (N K) -> B n N K", N=self.heads
+        )
+        kv = rearrange(self.kv(x), "B h w (two N K) -> two B h w N K", two=2, N=self.heads)
+        k, v = kv.unbind(0)
+        out = attend_everywhere(q, k, v, self.exchange, key_mask=valid)
+        out = self.proj(out.flatten(2))
+        return (out + self.mlp(self.norm(out)))[:, 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from axialtrain.attention.config import Pass
+from axialtrain.attention.config import AxialConfig
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Place
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.models.chance import Chance
 
 
 class Mlp(nn.Module):
@@ -24,35 +26,149 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer with one residual per attention pass and one for the MLP.
+    """Pre-norm transformer layer: attention passes, fused as `config` says, and one MLP.
 
-    It has the parameters of a standard ViT layer, under timm's names: its passes share norm1 and
-    the projections of `attn`. Tokens move at most once per pass, and stay where the last pass
-    left them: everything else is token by token.
+    With shared projections it has the parameters of a standard ViT layer, under timm's names
+    (norm1, attn, norm2, mlp). With separate ones, `attn` is a list with one entry per pass, and so
+    is `norm1` where the passes run in sequence. Tokens move at most once per pass, and stay where
+    the last pass left them: everything else is token by token.
+
+    index: number of the layer. drop_path: chance that a residual branch is left out for an image
+    while training (arXiv 1603.09382), the others being scaled up.
+    grid: (H, W) that learned positions are made for, or None.
     """
 
     def __init__(
-        self, dim: int, heads: int, mlp_width: int, passes: tuple[Pass, ...], *, positions: str
+        self,
+        dim: int,
+        heads: int,
+        mlp_width: int,
+        config: AxialConfig,
+        *,
+        index: int = 0,
+        drop_path: float = 0.0,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.passes = passes
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = AxialAttention(dim, heads, positions=positions)
+        self.index = index
+        self.drop_path = drop_path
+        self.skip_axis = config.skip_axis
+        self.summed = config.fusion == "sum"
+        self.passes = config.passes(index)
+        shared = config.share_projections or len(self.passes) == 1
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        if shared:
+            self.attn: nn.Module = AxialAttention(dim, heads, self.passes, config, grid=grid)
+        else:
+            self.attn = nn.ModuleList(
+                AxialAttention(dim, heads, (which,), config, grid=grid) for which in self.passes
+            )
+            if not self.summed:
+                self.norm1 = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in self.passes)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_width)
         self.exchange = Exchange()
 
     def exit(self, place: Place) -> Place:
         """Where the tokens are after this layer, known without running it."""
-        return place.under(self.passes[-1].layout)
+        for which in self.passes:
+            place = which.enters(place, self.exchange.kind)
+        return place
 
-    def forward(self, x: Tensor, place: Place, valid: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        valid: Tensor | None = None,
+        chance: Chance | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x: [B, h, w, D] under place.layout -> [B, h', w', D] under self.exit(place).layout.
 
-        valid: for each pass, [B, h, w] under its layout: the tokens that are keys.
+        prefix: [B, n, D], tokens beside the image, the same on every rank; n may be 0.
+        valid: bool [B, H, W] of the whole grid, None where all tokens are.
+        chance: the draws of a training step, None in evaluation.
         """
-        for which, keys in zip(self.passes, valid, strict=True):
-            x = self.exchange(x, place, which.layout)
-            place = place.under(which.layout)
-            x = x + self.attn(self.norm1(x), which, keys)
-        return x + self.mlp(self.norm2(x))
+        skipped = None
+        if chance is not None:
+            skipped = chance.skipped(self.index, len(self.passes), self.skip_axis)
+        run = self._sum if self.summed else self._sequence
+        x, prefix = run(x, prefix, place, valid, chance, skipped)
+        keep = self._kept(x, chance, len(self.passes))
+        if prefix.shape[1]:
+            prefix = _add(prefix, self.mlp(self.norm2(prefix)), keep)
+        return _add(x, self.mlp(self.norm2(x)), keep), prefix
+
+    def _sequence(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        valid: Tensor | None,
+        chance: Chance | None,
+        skipped: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        for number, which in enumerate(self.passes):
+            goal = which.enters(place, self.exchange.kind)
+            x, place = self.exchange(x, place, goal.layout), goal
+            attn, norm = _of(self.attn, number), _of(self.norm1, number)
+            out, of_prefix = attn(
+                norm(x), norm(prefix), place, which, valid, skip=number == skipped
+            )
+            keep = self._kept(x, chance, number)
+            x, prefix = _add(x, out, keep), _add(prefix, of_prefix, keep)
+        return x, prefix
+
+    def _sum(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        valid: Tensor | None,
+        chance: Chance | None,
+        skipped: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        # Everything meets where the last pass is: the others' input goes out, and comes back.
+        goal = self.exit(place)
+        x, place = self.exchange(x, place, goal.layout), goal
+        seen, seen_prefix = self.norm1(x), self.norm1(prefix)
+        keep = self._kept(x, chance, 0)
+        for number, which in enumerate(self.passes):
+            attn = _of(self.attn, number)
+            if number == skipped:
+                out, of_prefix = attn(seen, seen_prefix, place, which, valid, skip=True)
+            else:
+                there = which.enters(place, self.exchange.kind)
+                moved = self.exchange(seen, place, there.layout)
+                out, of_prefix = attn(moved, seen_prefix, there, which, valid)
+                out = self.exchange(out, there, place.layout)
+            x, prefix = _add(x, out, keep), _add(prefix, of_prefix, keep)
+        return x, prefix
+
+    def _kept(self, x: Tensor, chance: Chance | None, branch: int) -> Tensor | None:
+        """[B], the factor of a residual branch of each image; None where it is 1.
+
+        Passes are numbered 0, 1, ..., the MLP is the last branch. Drop-path and left-out passes
+        are made up for alike, so that what runs has the expectation of evaluation.
+        """
+        if chance is None:
+            return None
+        factor = 1.0
+        if branch < len(self.passes) and len(self.passes) > 1:
+            factor = 1 / (1 - self.skip_axis / len(self.passes))
+        if self.drop_path:
+            kept = chance.kept(self.index, branch, self.drop_path)
+            return torch.tensor(kept, dtype=x.dtype, device=x.device) * factor
+        return None if factor == 1 else x.new_full((x.shape[0],), factor)
+
+
+def _of(module: nn.Module, number: int) -> nn.Module:
+    """The module of pass `number`: its own, or the one that the passes share."""
+    return module[number] if isinstance(module, nn.ModuleList) else module
+
+
+def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    """x: [B, ..., D] plus a residual branch, scaled for each image."""
+    if keep is None:
+        return x + branch
+    return x + branch * keep.view(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""The axial transformer: patch embedding, layers of row and column attention, a norm.
+"""The axial transformer: patch embedding, layers of attention passes, a norm.
 
 Source: axial attention of arXiv 1912.12180 and 2003.07853, in the layer of ViT (arXiv 2010.11929).
 """
@@ -12,8 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.positions import AxialEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer
 
 
@@ -23,6 +25,10 @@ class AxialTransformerConfig:
 
     patch: side of a token, in pixels. dim: model width D. heads: N, dim / heads is K.
     mlp_ratio: MLP width over dim. bands: channels of the image.
+    prefix_tokens: learned tokens beside the image (class, registers).
+    drop_path: chance that a residual branch of the last layer is left out for an image while
+        training; it grows linearly from 0 in the first, as in timm.
+    grid: [H, W], the token grid that learned positions are made for; null where none need it.
     """
 
     patch: int = 16
@@ -31,6 +37,9 @@ class AxialTransformerConfig:
     heads: int = 3
     mlp_ratio: float = 4.0
     bands: int = 3
+    prefix_tokens: int = 0
+    drop_path: float = 0.0
+    grid: list[int] | None = None
     axial_config: AxialConfig = field(default_factory=AxialConfig)
 
     def __post_init__(self) -> None:
@@ -44,13 +53,24 @@ class AxialTransformerConfig:
                 f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0, up to 1024, that "
                 f"make an MLP of at least one channel of model.dim={self.dim}"
             )
-        if self.dim % self.heads:
-            raise ValueError(f"model.heads={self.heads} does not divide model.dim={self.dim}")
-        if self.axial_config.positions == "rope" and (self.dim // self.heads) % 2:
+        if self.prefix_tokens < 0:
             raise ValueError(
-                f"axial_config.positions=rope needs an even head width, got {self.dim} / "
-                f"{self.heads} = {self.dim // self.heads}"
+                f"model.prefix_tokens={self.prefix_tokens}: allowed are whole numbers from 0"
             )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path={self.drop_path}: allowed is 0 to below 1")
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            raise ValueError(
+                f"model.grid={list(self.grid)}: allowed is [height, width] in tokens, each at "
+                "least 1, or null"
+            )
+        self.axial_config.check_heads(self.dim, self.heads)
+        self.axial_config.check_span(self.made_for)
+
+    @property
+    def made_for(self) -> tuple[int, int] | None:
+        """(H, W) that learned positions are made for."""
+        return None if self.grid is None else (self.grid[0], self.grid[1])
 
     @property
     def mlp_width(self) -> int:
@@ -65,13 +85,16 @@ class PatchEmbed(nn.Module):
         self.patch = patch
         self.proj = nn.Linear(bands * patch * patch, dim)
 
-    def forward(self, pixels: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
         """pixels: [B, h * patch, w * patch, bands], valid: [B, h, w] -> [B, h, w, D].
 
         Invalid patches count as zero, whatever they hold.
         """
-        # where, not a product, and before the projection: NaN * 0 is NaN, in its gradient too.
-        return self.proj(torch.where(valid[..., None], to_patches(pixels, self.patch), 0.0))
+        patches = to_patches(pixels, self.patch)
+        if valid is not None:
+            # where, not a product, and before the projection: NaN * 0 is NaN, in its gradient too.
+            patches = torch.where(valid[..., None], patches, 0.0)
+        return self.proj(patches)
 
 
 def to_patches(pixels: Tensor, patch: int) -> Tensor:
@@ -82,58 +105,88 @@ def to_patches(pixels: Tensor, patch: int) -> Tensor:
 class AxialTransformer(nn.Module):
     """Backbone: pixels of this rank's tile in, one token per patch out.
 
-    Attribute and parameter names are timm's (`patch_embed`, `blocks`, `norm`).
+    Attribute and parameter names are timm's (`patch_embed`, `blocks`, `norm`); `prefix` holds the
+    learned tokens beside the image, `pos_embed` the factorised positions, where there are any.
     """
 
     def __init__(self, config: AxialTransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch, config.bands, config.dim)
+        attention, dim = config.axial_config, config.dim
+        self.patch_embed = PatchEmbed(config.patch, config.bands, dim)
+        self.pos_embed: AxialEmbedding | None = None
+        if attention.positions == "axial":
+            assert config.made_for is not None, "the config has been checked"
+            self.pos_embed = AxialEmbedding(*config.made_for, dim)
+        self.prefix: nn.Parameter | None = None
+        if config.prefix_tokens:
+            self.prefix = nn.Parameter(torch.empty(config.prefix_tokens, dim))
+            nn.init.trunc_normal_(self.prefix, std=0.02)
         self.blocks = nn.ModuleList(
             Layer(
-                config.dim,
+                dim,
                 config.heads,
                 config.mlp_width,
-                config.axial_config.passes(index),
-                positions=config.axial_config.positions,
+                attention,
+                index=index,
+                drop_path=config.drop_path * index / max(config.depth - 1, 1),
+                grid=config.made_for,
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.exchange = Exchange()
         self.apply(init_linear)
 
     def forward(
         self,
         pixels: Tensor,
-        valid: Tensor,
+        valid: Tensor | None,
         place: Place,
         hidden: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Tokens [B, h, w, D] of this rank's tile.
+        chance: Chance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, h, w, D] of this rank's tile, and the prefix [B, n, D], alike on all ranks.
 
         pixels: [B, h * patch, w * patch, bands], zero where missing; place is under TILE.
-        valid: [B, h, w], False where a token lies outside the image: zeroed, and no key. What
-            comes out there means nothing, and influences no other token.
+        valid: bool [B, h, w], False where a token is padding or background, or None where every
+            token of the image counts. Others are zeroed, are no keys, and come out as zeros.
         hidden: for masked modelling, (which [B, h, w], token [D]): what replaces those tokens.
+        chance: the draws of this step, where something is left out while training.
+
+        Raises ValueError where the grid does not fit the attention (a window larger than it, or
+        relative positions that do not reach), or training needs `chance` and has none.
         """
+        attention = self.config.axial_config
+        attention.check_grid(place.height, place.width, self.config.made_for)
+        if not self.training:
+            chance = None
+        elif chance is None and (self.config.drop_path or attention.skip_axis):
+            raise ValueError(
+                "training with model.drop_path or axial_config.skip_axis needs the draws of the "
+                "step: give chance=Chance(seed, step, samples), or call eval()"
+            )
         x = self.patch_embed(pixels, valid)
         if hidden is not None:
             which, token = hidden
             x = torch.where(which[..., None], token.to(x.dtype), x)
-        x = torch.where(valid[..., None], x, 0.0)
-        keys = self._valid_per_layout(valid, place)
+        # The mask of the whole grid on every rank: a byte a token, exchanged once.
+        whole = None if valid is None else self.exchange.everywhere(valid, place)
+        if self.pos_embed is not None:
+            x = self.pos_embed(x, place, whole)
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+        prefix = x.new_zeros(x.shape[0], 0, x.shape[-1])
+        if self.prefix is not None:
+            prefix = self.prefix.to(x.dtype).expand(x.shape[0], -1, -1)
         for block in self.blocks:
             assert isinstance(block, Layer)
-            x = block(x, place, tuple(keys[which.layout] for which in block.passes))
+            x, prefix = block(x, prefix, place, whole, chance)
             place = block.exit(place)
-        x = self.norm(x)
-        return self.exchange(x, place, Layout.TILE)
-
-    def _valid_per_layout(self, valid: Tensor, place: Place) -> dict[Layout, Tensor]:
-        """The validity mask under every layout in use: exchanged once each, not per pass."""
-        layouts = {which.layout for block in self.blocks for which in block.passes}  # type: ignore[union-attr]
-        return {layout: self.exchange(valid, place, layout) for layout in sorted(layouts, key=str)}
+        x = self.exchange(self.norm(x), place, Layout.TILE)
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+        return x, self.norm(prefix)
 
 
 def init_linear(module: nn.Module) -> None:

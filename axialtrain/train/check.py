@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from axialtrain.attention.config import Pass
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.mesh.parallelize import check_divides
@@ -67,6 +68,9 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         raise ValueError(f"model.bands={config.model.bands}: the shards hold {BANDS} bands")
     check_divides("model.heads", config.model.heads, config.mesh.tensor)
     check_divides("the MLP width of model", config.model.mlp_width, config.mesh.tensor)
+    attention = config.model.axial_config
+    passes = {which for layer in range(config.model.depth) for which in attention.passes(layer)}
+    config.mesh.check_heads(config.model.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
     task = task_of(config)
     with torch.device("meta"):
         task.build(AxialTransformer(config.model))
@@ -80,7 +84,11 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                     f"task.classes={task.classes}: {key}={url} has labels up to "
                     f"{(shards.classes or 0) - 1}; allowed are numbers from {shards.classes}"
                 )
-        loader_of(config, shards, at=(0, 0), data_rank=0)
+        for grid in loader_of(config, shards, at=(0, 0), data_rank=0).grids:
+            try:
+                attention.check_grid(*grid, config.model.made_for)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
 
 
 def _check_folder(folder: Path) -> None:

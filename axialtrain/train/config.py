@@ -45,7 +45,7 @@ class OptimConfig:
 
     name: "adamw" or "sgd".
     lr: base learning rate; the schedule gives that of each step.
-    weight_decay: for parameters of two dims and more only (not biases and norms).
+    weight_decay: of the weights of projections (not of biases, norms, positions, learned tokens).
     betas: of adamw. momentum: of sgd.
     clip: largest norm of the gradient of the whole model; 0 is off.
     """

@@ -131,9 +131,9 @@ class Engine:
         self._stage = zero.stage
         self.device: torch.device = self._deepspeed.device
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """The model's forward, on tensors that are on `device`."""
-        return self._deepspeed(*args)
+        return self._deepspeed(*args, **options)
 
     def train(self) -> None:
         self._deepspeed.train()
@@ -240,12 +240,16 @@ def _check_finite(norm: float) -> None:
 
 
 def _optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    trained = [param for param in model.parameters() if param.requires_grad]
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient")
-    # As timm does: biases, norms and scales are not decayed.
-    decayed = [param for param in trained if param.ndim >= 2]
-    others = [param for param in trained if param.ndim < 2]
+
+    def decays(name: str, param: nn.Parameter) -> bool:
+        # As timm does: no biases, norms and scales, and no positions and learned tokens.
+        return param.ndim >= 2 and name.endswith("weight")
+
+    decayed = [param for name, param in trained if decays(name, param)]
+    others = [param for name, param in trained if not decays(name, param)]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},

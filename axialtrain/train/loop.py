@@ -17,6 +17,7 @@ from tqdm import tqdm
 from axialtrain.data.loader import Batch, Loader
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
+from axialtrain.models.chance import Chance
 from axialtrain.models.transformer import AxialTransformer
 from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
 from axialtrain.tasks.panels import Panel
@@ -64,7 +65,7 @@ def train(run: Run) -> dict[str, float]:
     with tqdm(total=steps, unit="step", disable=run.tracker is None, mininterval=0.5) as bar:
         for step, batches in enumerate(run.loader.steps(0, steps)):
             lr = learning_rate(step, steps, config.optim.lr, config.schedule)
-            loss, norm, pixels, tokens = _step(run, batches, lr)
+            loss, norm, pixels, tokens = _step(run, step, batches, lr)
             now = time.perf_counter()
             seconds, started = now - started, now
             metrics = {
@@ -91,7 +92,9 @@ def train(run: Run) -> dict[str, float]:
     return metrics
 
 
-def _step(run: Run, batches: Iterable[Batch], lr: float) -> tuple[float, float, float, float]:
+def _step(
+    run: Run, step: int, batches: Iterable[Batch], lr: float
+) -> tuple[float, float, float, float]:
     """One optimizer step: (global mean loss, gradient norm, pixels, tokens), equal on all ranks."""
     size, accumulation = run.config.train.batch, run.loader.accumulation
     total = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -99,7 +102,8 @@ def _step(run: Run, batches: Iterable[Batch], lr: float) -> tuple[float, float, 
     run.engine.train()
     for batch in batches:
         batch = to_device(batch, run.device)
-        output = run.engine(*run.task.inputs(batch))
+        chance = Chance(run.config.seed, step, tuple(batch.samples.tolist()))
+        output = run.engine(*run.task.inputs(batch), chance=chance)
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
         run.engine.backward(rank_loss(means, run.mesh, batch=size, accumulation=accumulation))
         total += means.detach().sum()

@@ -54,7 +54,13 @@ def run(
 def _run(
     config: RunConfig, folder: Path, run_yaml: str, device: torch.device, timeout: timedelta
 ) -> dict[str, float]:
-    mesh = Mesh(**config.mesh.degrees, device_type=device.type, timeout=timeout)
+    mesh = Mesh(
+        **config.mesh.degrees,
+        exchange=config.mesh.exchange,
+        swap=config.mesh.swap,
+        device_type=device.type,
+        timeout=timeout,
+    )
     # Each rank's ${now:} gives another folder: rank 0's is everybody's.
     folder = gather_objects(folder, mesh.world)[0]
     tracker = None

@@ -6,12 +6,23 @@ import pytest
 
 from axialtrain.attention.config import POSITIONS, AxialConfig, Pass
 from axialtrain.attention.passes import AxialAttention
-from axialtrain.grid import Layout
+from axialtrain.grid import Layout, Place
 
 
-def test_a_pass_needs_its_lines_whole():
-    assert (Pass.ROW.layout, Pass.ROW.dim) == (Layout.ROWS, 2)
-    assert (Pass.COL.layout, Pass.COL.dim) == (Layout.COLS, 1)
+@pytest.mark.parametrize("start", Layout)
+def test_a_pass_says_where_its_tokens_must_be(start):
+    place = Place(13, 10, start, (2, 3), (1, 2))
+    for exchange, rows, cols in (
+        ("swap", Layout.ROWS, Layout.COLS),
+        ("heads", Layout.TILE, Layout.TILE),
+        ("gather", Layout.TILE, Layout.TILE),
+    ):
+        assert Pass.ROW.enters(place, exchange) == place.under(rows)
+        assert Pass.COL.enters(place, exchange) == place.under(cols)
+        for windowed in (Pass.WINDOW, Pass.SHIFTED):
+            assert windowed.enters(place, exchange) == place.under(Layout.TILE)
+        assert Pass.GLOBAL.enters(place, exchange) == place
+    assert (Pass.ROW.dims, Pass.COL.dims, Pass.GLOBAL.dims) == ((2,), (1,), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_unknown_positions_are_named_with_what_is_allowed():
 
 def test_attention_refuses_widths_that_do_not_fit():
     with pytest.raises(ValueError, match=r"model.heads=3 does not divide model.dim=16"):
-        AxialAttention(16, 3)
-    with pytest.raises(ValueError, match="even head width, got 3"):
-        AxialAttention(12, 4)
-    assert AxialAttention(12, 4, positions="none").head_dim == 3
+        AxialAttention(16, 3, (Pass.ROW,), AxialConfig())
+    with pytest.raises(ValueError, match=r"even head width, got model.dim=12 / model.heads=4 = 3"):
+        AxialAttention(12, 4, (Pass.ROW,), AxialConfig())
+    assert AxialAttention(12, 4, (Pass.ROW,), AxialConfig(positions="none")).head_dim == 3

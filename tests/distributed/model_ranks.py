@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.mesh import Group, Mesh
 from axialtrain.mesh.parallelize import parallelize, tensor_dims
-from axialtrain.models.heads import Segmenter
+from axialtrain.models.chance import Chance
+from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
 PATCH = 2
@@ -21,13 +23,25 @@ PATCH = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one grid; `holes` leaves out tokens, a whole row and a whole column."""
+    """One model on one grid; `holes` leaves out tokens, a whole row and a whole column.
+
+    holes None: there is no mask at all. span None: relative tables of the grid's extent.
+    head: tokens (a Segmenter) or a pool of `Classifier`.
+    """
 
     grid: tuple[int, int]
     pattern: tuple[str, ...] = ("row+col",)
     positions: str = "rope"
     depth: int = 2
-    holes: bool = True
+    holes: bool | None = True
+    fusion: str = "sequential"
+    share: bool = True
+    span: int | None = None
+    window: int = 3
+    prefix: int = 0
+    skip_axis: float = 0.0
+    drop_path: float = 0.0
+    head: str = "tokens"
 
 
 @dataclass
@@ -51,21 +65,40 @@ def build(case: Case) -> nn.Module:
             depth=case.depth,
             heads=4,
             mlp_ratio=1.5,
-            axial_config=AxialConfig(list(case.pattern), case.positions),
+            prefix_tokens=case.prefix,
+            drop_path=case.drop_path,
+            grid=list(case.grid),
+            axial_config=AxialConfig(
+                pattern=list(case.pattern),
+                fusion=case.fusion,
+                share_projections=case.share,
+                positions=case.positions,
+                window=case.window,
+                span=case.span,
+                skip_axis=case.skip_axis,
+            ),
         )
     )
-    model = Segmenter(backbone, classes=3, cells=2).double()
+    model: nn.Module
+    if case.head == "tokens":
+        model = Segmenter(backbone, classes=3, cells=2).double()
+    else:
+        model = Classifier(backbone, classes=3, pool=case.head).double()
     for parameter in model.parameters():  # biases and norms too: a zero hides a wrong gradient
         nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
     """pixels [2, H p, W p, 3], valid [2, H, W] and the gradient of the output."""
     height, width = case.grid
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, height * PATCH, width * PATCH, 3, generator=generator).double()
     grad = torch.randn(2, height * 2, width * 2, 3, generator=generator).double()
+    if case.head != "tokens":
+        grad = grad[:, 0, 0]
+    if case.holes is None:
+        return pixels, None, grad
     valid = torch.ones(2, height, width, dtype=torch.bool)
     if case.holes:
         valid = torch.rand(2, height, width, generator=generator) < 0.8
@@ -79,8 +112,15 @@ def run(model: nn.Module, case: Case, place: Place) -> tuple[Tensor, Tensor]:
     pixels, valid, grad = inputs(case)
     rect = place.rect
     pixels = pixels[:, *rect.scaled(PATCH).slices(_ORIGIN)].clone().requires_grad_()
-    output = model(pixels, valid[:, *rect.slices(_ORIGIN)], place)
-    (output * grad[:, *rect.scaled(2).slices(_ORIGIN)]).sum().backward()
+    if valid is not None:
+        valid = valid[:, *rect.slices(_ORIGIN)]
+    chance = Chance(seed=3, step=1, samples=(5, 6))
+    output = model(pixels, valid, place, chance=chance)
+    if case.head == "tokens":
+        grad = grad[:, *rect.scaled(2).slices(_ORIGIN)]
+    else:  # computed alike on every spatial rank, each of which has a share of the objective
+        grad = grad / math.prod(place.shape)
+    (output * grad).sum().backward()
     assert pixels.grad is not None
     return output.detach(), pixels.grad
 
@@ -92,8 +132,10 @@ def serial(case: Case) -> Gradients:
     return Gradients(_tuple(place), output, grad, _gradients(model), {}, {})
 
 
-def sharded(case: Case, mesh: dict[str, int]) -> Gradients:
-    grid = Mesh(**mesh)
+def sharded(
+    case: Case, mesh: dict[str, int], exchange: str = "swap", swap: str = "auto"
+) -> Gradients:
+    grid = Mesh(**mesh, exchange=exchange, swap=swap)
     model = build(case)
     parallelize(model, grid)
     place = grid.place(*case.grid)

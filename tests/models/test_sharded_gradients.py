@@ -28,16 +28,24 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     assert error <= 1e-10, f"{what}: {error:.1e} of its largest value"
 
 
-def check(case: Case, mesh: dict[str, int]) -> list[Gradients]:
+def check(
+    case: Case, mesh: dict[str, int], exchange: str = "swap", swap: str = "auto"
+) -> list[Gradients]:
     expected = expected_of(case)
     world = torch.Size(mesh.values()).numel()
-    ranks: list[Gradients] = run_ranks(sharded, world, case=case, mesh=mesh)
+    ranks: list[Gradients] = run_ranks(
+        sharded, world, case=case, mesh=mesh, exchange=exchange, swap=swap
+    )
     output = torch.full_like(expected.output, torch.nan)
     grad = torch.full_like(expected.input, torch.nan)
     for got in ranks:
         top, bottom, left, right = got.rect
         rows, cols = slice(top * 2, bottom * 2), slice(left * 2, right * 2)
-        output[:, rows, cols] = got.output
+        if case.head == "tokens":
+            output[:, rows, cols] = got.output
+        else:
+            assert_close(got.output, expected.output, "pooled output")
+            output = got.output
         rows, cols = slice(top * PATCH, bottom * PATCH), slice(left * PATCH, right * PATCH)
         grad[:, rows, cols] = got.input
         assert got.parameters.keys() == expected.parameters.keys()

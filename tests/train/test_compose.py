@@ -82,7 +82,8 @@ def test_the_run_folder_is_hydras():
 def test_the_yaml_is_the_whole_config():
     text = compose_run([SHARDS, "mesh=2x3", "zero=2", "train.steps=7"])[2]
     values = yaml.safe_load(text)
-    assert values["mesh"] == {"data": 1, "row": 2, "col": 3, "tensor": 1}
+    degrees = {"data": 1, "row": 2, "col": 3, "tensor": 1}
+    assert values["mesh"] == degrees | {"exchange": "swap", "swap": "auto"}
     assert (values["zero"]["stage"], values["train"]["steps"]) == (2, 7)
     assert "???" not in text
     assert "${" not in text
