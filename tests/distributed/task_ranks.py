@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from axialtrain.attention import area, biased
 from axialtrain.attention.config import AxialConfig
 from axialtrain.data.loader import Batch, DataConfig
 from axialtrain.grid import Place, tokens_across
@@ -212,19 +214,27 @@ def square_errors(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model for a task, on the images of a grid of tokens."""
+    """A model for a task, on the images of a grid of tokens.
+
+    attention: keys of axial_config. options: of the model, beside its size.
+    """
 
     task: str
     grid: tuple[int, int]
     pattern: tuple[str, ...] = ("row+col",)
+    attention: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def model(self) -> AxialTransformerConfig:
         # Neither width nor depth of the one are the other's.
         size = {"patch": 4, "dim": 24} if self.task == "segmentation" else {"patch": 2, "dim": 16}
-        attention = AxialConfig(list(self.pattern))
+        if self.attention:  # half of a head for either axis
+            size["dim"] = 32
+        attention = AxialConfig(pattern=list(self.pattern), **dict(self.attention))
+        sizes = {"depth": max(2, len(self.pattern)), "heads": 4, "mlp_ratio": 1.5} | size
         return AxialTransformerConfig(
-            **size, depth=2, heads=4, mlp_ratio=1.5, axial_config=attention
+            **sizes, grid=list(self.grid), **dict(self.options), axial_config=attention
         )
 
     def make_task(self) -> Task:
@@ -296,9 +306,26 @@ def train_steps(
     optim: OptimConfig,
     schedule: ScheduleConfig,
     steps: int,
+    chunk: int | None = None,
 ) -> Trained:
-    """The training loop on the mesh; it validates after every second step, and the last."""
-    axes = Mesh(**mesh.degrees)
+    """The training loop on the mesh; it validates after every second step, and the last.
+
+    chunk: how many logits are computed at a time, and again in backward, where there is a bias.
+    """
+    limit = {"CHUNK": chunk or biased.CHUNK}
+    with mock.patch.multiple(biased, **limit), mock.patch.multiple(area, **limit):
+        return _train_steps(case, mesh, stage, optim, schedule, steps)
+
+
+def _train_steps(
+    case: Case,
+    mesh: MeshConfig,
+    stage: int,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    steps: int,
+) -> Trained:
+    axes = Mesh(**mesh.degrees, exchange=mesh.exchange, swap=mesh.swap)
     micro_batch = Images(case.grid, case.model.patch, axes).micro_batch
     engine = Engine(
         parallelize(case.build(), axes),
