@@ -29,6 +29,41 @@ BAD = {
     "cells": (["task.cells=5"], "task.cells=5 does not divide model.patch=32"),
     "pattern": (["model.axial_config.pattern=[diagonal]"], "unknown pass 'diagonal'"),
     "window": (["data.window=[0,4]"], "data.window"),
+    "attention key": (
+        ["model.axial_config.windows=4"],
+        "unknown key model.axial_config.windows: allowed are",
+    ),
+    "fusion": (
+        ["model.axial_config.fusion=mean"],
+        "axial_config.fusion='mean': allowed are ['sequential', 'sum']",
+    ),
+    "positions": (
+        ["model.axial_config.positions=sinus"],
+        "axial_config.positions='sinus': allowed are",
+    ),
+    "attention window": (
+        ["model.axial_config.pattern=[window]", "model.axial_config.window=17"],
+        "axial_config.window=17 is larger than the grid of 16 x 16 tokens: allowed are 1 to 16",
+    ),
+    "no span": (
+        ["model.axial_config.positions=relative"],
+        "axial_config.positions=relative needs to know its tables' size: give axial_config.span",
+    ),
+    "short tables": (
+        ["model.axial_config.positions=relative", "model.grid=[16,15]"],
+        "a grid of 16 x 16 tokens exceeds the relative positions, made for 16 x 15",
+    ),
+    "rope": (
+        ["model.dim=24", "model.heads=4", "model.axial_config.pattern=[row+global]"],
+        "the head width must be a multiple of 4: got model.dim=24 / model.heads=4 = 6",
+    ),
+    "exchange": (["mesh.exchange=ring"], "mesh.exchange='ring': allowed are swap, heads, gather"),
+    "swap": (["mesh.swap=fast"], "mesh.swap='fast': allowed are auto, direct, hierarchical"),
+    "exchange of heads": (
+        ["mesh=1x4", "mesh.tensor=2", "mesh.exchange=heads"],
+        "row passes deal out the 4 heads over tensor x col = 2 x 4 ranks: allowed are multiples "
+        "of 8, mesh.exchange=swap and mesh.exchange=gather",
+    ),
     "shards": (["data.shards=nowhere"], "nowhere"),
     "mlp": (["model.mlp_ratio=0.01"], "model.mlp_ratio=0.01: allowed are"),
     "bands": (["model.bands=1"], "model.bands=1: the shards hold 3 bands"),
