@@ -6,6 +6,7 @@ All of them come from global coordinates of tokens, so they are the same on ever
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axialtrain.grid import Place, Rect
@@ -95,14 +96,71 @@ class AxialEmbedding(nn.Module):
         An image extends from the first row and column to the last that has a valid token.
         """
         rect = place.rect
-        if valid is None:
-            heights = torch.full((x.shape[0],), place.height, device=x.device)
-            widths = torch.full((x.shape[0],), place.width, device=x.device)
-        else:
-            heights, widths = _extent(valid.any(2)), _extent(valid.any(1))
+        heights, widths = extents(place, valid, x)
         rows = _interpolated(self.rows, heights, rect.top, rect.bottom)
         cols = _interpolated(self.cols, widths, rect.left, rect.right)
         return x + rows[:, :, None] + cols[:, None]
+
+
+class GridEmbedding(nn.Module):
+    """A learned embedding for each place of a grid, added once to the token there: ViT's.
+
+    Made for a grid of height x width tokens; for an image of other extent it is resampled as timm
+    does (bicubic, antialiased). Each rank resamples its own part.
+    """
+
+    def __init__(self, height: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(height, width, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor, place: Place, valid: Tensor | None) -> Tensor:
+        """x: [B, h, w, D] under `place`, valid: [B, H, W] of the whole grid -> [B, h, w, D]."""
+        return x + resampled(self.table, place, extents(place, valid, x)).to(x.dtype)
+
+
+def extents(place: Place, valid: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(heights, widths) of the images of a batch, [B] each, in tokens, 1 at least.
+
+    valid: bool [B, H, W] of the whole grid; None where every image fills it. x: [B, ...].
+    """
+    if valid is None:
+        heights = torch.full((x.shape[0],), place.height, device=x.device)
+        return heights, torch.full_like(heights, place.width)
+    return _extent(valid.any(2)), _extent(valid.any(1))
+
+
+def resampled(table: Tensor, place: Place, sizes: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, h, w, D]: the table [H0, W0, D] resampled to each image's size, at this rank's tokens."""
+    rect, dtype = place.rect, torch.promote_types(table.dtype, torch.float32)
+    done: dict[tuple[int, int], Tensor] = {}
+    pairs = list(zip(*(one.tolist() for one in sizes), strict=True))
+    for size in pairs:
+        if size not in done:
+            rows = _bicubic(table.shape[0], size[0], rect.top, rect.bottom, table.device)
+            cols = _bicubic(table.shape[1], size[1], rect.left, rect.right, table.device)
+            done[size] = torch.einsum(
+                "hi,ijd,wj->hwd", rows.to(dtype), table.to(dtype), cols.to(dtype)
+            )
+    return torch.stack([done[size] for size in pairs])
+
+
+def _bicubic(old: int, new: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """[stop - start, old], fp64: the weights with which torch resamples a line of `old` to `new`.
+
+    Resampling is linear and separable, so its matrix is what it makes of the unit vectors.
+    Coordinates from `new` on (padding) get zeros.
+    """
+    unit = torch.eye(old, dtype=torch.float64, device=device)[None, None]
+    weights = (
+        unit[0, 0]
+        if old == new
+        else F.interpolate(
+            unit, size=(new, old), mode="bicubic", align_corners=False, antialias=True
+        )[0, 0]
+    )
+    stop_here = max(start, min(stop, new))
+    return F.pad(weights[start:stop_here], (0, 0, 0, stop - stop_here))
 
 
 def _extent(used: Tensor) -> Tensor:

@@ -106,12 +106,21 @@ class Classifier(nn.Module):
             return self.head(self.attn_pool(tokens, valid))
         if self.pool == "prefix":
             return self.head(prefix[:, 0])
-        if valid is None:
-            count = torch.full_like(tokens[:, 0, 0, :1], place.height * place.width)
-        else:
-            count = self.exchange.sum(valid.sum((1, 2)).to(tokens.dtype)).clamp_min(1)[:, None]
-        # Tokens that are not valid are zeros.
-        return self.head(self.exchange.sum(tokens.sum((1, 2))) / count)
+        return self.head(mean_token(tokens, valid, self.exchange))
+
+
+def mean_token(tokens: Tensor, valid: Tensor | None, exchange: Exchange) -> Tensor:
+    """Mean [B, D] of the valid tokens of the image, over all ranks that have a part of it.
+
+    tokens: [B, h, w, D], zeros where they are not valid. valid: bool [B, h, w], None for all.
+    An image without a valid token gives zeros.
+    """
+    if valid is None:
+        count = tokens.new_full(tokens.shape[:1], tokens.shape[1] * tokens.shape[2])
+    else:
+        count = valid.sum((1, 2)).to(tokens.dtype)
+    total = exchange.sum(torch.cat((tokens.sum((1, 2)), count[:, None]), 1))
+    return total[:, :-1] / total[:, -1:].clamp_min(1)
 
 
 class AttentionPool(nn.Module):

@@ -25,6 +25,17 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel of a residual branch (CaiT, arXiv 2103.17239), as in timm."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer: attention passes, fused as `config` says, and one MLP.
 
@@ -35,7 +46,8 @@ class Layer(nn.Module):
 
     index: number of the layer. drop_path: chance that a residual branch is left out for an image
     while training (arXiv 1603.09382), the others being scaled up.
-    grid: (H, W) that learned positions are made for, or None.
+    grid: (H, W) that learned positions are made for, or None. qkv_bias: see `AxialAttention`.
+    layer_scale: what `LayerScale` starts from, None for none.
     """
 
     def __init__(
@@ -48,6 +60,8 @@ class Layer(nn.Module):
         index: int = 0,
         drop_path: float = 0.0,
         grid: tuple[int, int] | None = None,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -58,15 +72,21 @@ class Layer(nn.Module):
         shared = config.share_projections or len(self.passes) == 1
         self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         if shared:
-            self.attn: nn.Module = AxialAttention(dim, heads, self.passes, config, grid=grid)
+            self.attn: nn.Module = AxialAttention(
+                dim, heads, self.passes, config, grid=grid, qkv_bias=qkv_bias
+            )
         else:
             self.attn = nn.ModuleList(
-                AxialAttention(dim, heads, (which,), config, grid=grid) for which in self.passes
+                AxialAttention(dim, heads, (which,), config, grid=grid, qkv_bias=qkv_bias)
+                for which in self.passes
             )
             if not self.summed:
                 self.norm1 = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in self.passes)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_width)
+        self.mlp: nn.Module = Mlp(dim, mlp_width)
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
+        )
         self.exchange = Exchange()
 
     def exit(self, place: Place) -> Place:
@@ -96,8 +116,8 @@ class Layer(nn.Module):
         x, prefix = run(x, prefix, place, valid, chance, skipped)
         keep = self._kept(x, chance, len(self.passes))
         if prefix.shape[1]:
-            prefix = _add(prefix, self.mlp(self.norm2(prefix)), keep)
-        return _add(x, self.mlp(self.norm2(x)), keep), prefix
+            prefix = _add(prefix, self.ls2(self.mlp(self.norm2(prefix))), keep)
+        return _add(x, self.ls2(self.mlp(self.norm2(x))), keep), prefix
 
     def _sequence(
         self,
@@ -116,7 +136,7 @@ class Layer(nn.Module):
                 norm(x), norm(prefix), place, which, valid, skip=number == skipped
             )
             keep = self._kept(x, chance, number)
-            x, prefix = _add(x, out, keep), _add(prefix, of_prefix, keep)
+            x, prefix = self._added(x, out, keep), self._added(prefix, of_prefix, keep)
         return x, prefix
 
     def _sum(
@@ -142,8 +162,11 @@ class Layer(nn.Module):
                 moved = self.exchange(seen, place, there.layout)
                 out, of_prefix = attn(moved, seen_prefix, there, which, valid)
                 out = self.exchange(out, there, place.layout)
-            x, prefix = _add(x, out, keep), _add(prefix, of_prefix, keep)
+            x, prefix = self._added(x, out, keep), self._added(prefix, of_prefix, keep)
         return x, prefix
+
+    def _added(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+        return _add(x, self.ls1(branch), keep)
 
     def _kept(self, x: Tensor, chance: Chance | None, branch: int) -> Tensor | None:
         """[B], the factor of a residual branch of each image; None where it is 1.

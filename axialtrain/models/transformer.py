@@ -5,6 +5,8 @@ Source: axial attention of arXiv 1912.12180 and 2003.07853, in the layer of ViT 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
-from axialtrain.attention.positions import AxialEmbedding
+from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models.chance import Chance
@@ -29,6 +31,10 @@ class AxialTransformerConfig:
     drop_path: chance that a residual branch of the last layer is left out for an image while
         training; it grows linearly from 0 in the first, as in timm.
     grid: [H, W], the token grid that learned positions are made for; null where none need it.
+    grid_embedding: whether each place of `grid` has a learned embedding, added once at the input
+        and resampled to each image's extent, and each prefix token one too: ViT's.
+    qkv_bias: whether Q, K and V have a bias. layer_scale: what a learned factor of each channel of
+        the residual branches starts from; null for none.
     """
 
     patch: int = 16
@@ -40,6 +46,9 @@ class AxialTransformerConfig:
     prefix_tokens: int = 0
     drop_path: float = 0.0
     grid: list[int] | None = None
+    grid_embedding: bool = False
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     axial_config: AxialConfig = field(default_factory=AxialConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +72,14 @@ class AxialTransformerConfig:
             raise ValueError(
                 f"model.grid={list(self.grid)}: allowed is [height, width] in tokens, each at "
                 "least 1, or null"
+            )
+        if self.grid_embedding and self.grid is None:
+            raise ValueError(
+                "model.grid_embedding=true needs model.grid, [height, width] in tokens"
+            )
+        if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
+            raise ValueError(
+                f"model.layer_scale={self.layer_scale}: allowed are null and numbers above 0"
             )
         self.axial_config.check_heads(self.dim, self.heads)
         self.axial_config.check_span(self.made_for)
@@ -106,7 +123,8 @@ class AxialTransformer(nn.Module):
     """Backbone: pixels of this rank's tile in, one token per patch out.
 
     Attribute and parameter names are timm's (`patch_embed`, `blocks`, `norm`); `prefix` holds the
-    learned tokens beside the image, `pos_embed` the factorised positions, where there are any.
+    learned tokens beside the image; `pos_embed` (factorised) and `grid_embed`, `prefix_embed` (one
+    for each place) the embeddings that are added once, where there are any.
     """
 
     def __init__(self, config: AxialTransformerConfig) -> None:
@@ -118,10 +136,16 @@ class AxialTransformer(nn.Module):
         if attention.positions == "axial":
             assert config.made_for is not None, "the config has been checked"
             self.pos_embed = AxialEmbedding(*config.made_for, dim)
+        self.grid_embed: GridEmbedding | None = None
         self.prefix: nn.Parameter | None = None
+        self.prefix_embed: nn.Parameter | None = None
         if config.prefix_tokens:
-            self.prefix = nn.Parameter(torch.empty(config.prefix_tokens, dim))
-            nn.init.trunc_normal_(self.prefix, std=0.02)
+            self.prefix = _tokens(config.prefix_tokens, dim)
+        if config.grid_embedding:
+            assert config.made_for is not None, "the config has been checked"
+            self.grid_embed = GridEmbedding(*config.made_for, dim)
+            if config.prefix_tokens:
+                self.prefix_embed = _tokens(config.prefix_tokens, dim)
         self.blocks = nn.ModuleList(
             Layer(
                 dim,
@@ -131,6 +155,8 @@ class AxialTransformer(nn.Module):
                 index=index,
                 drop_path=config.drop_path * index / max(config.depth - 1, 1),
                 grid=config.made_for,
+                qkv_bias=config.qkv_bias,
+                layer_scale=config.layer_scale,
             )
             for index in range(config.depth)
         )
@@ -172,21 +198,42 @@ class AxialTransformer(nn.Module):
             x = torch.where(which[..., None], token.to(x.dtype), x)
         # The mask of the whole grid on every rank: a byte a token, exchanged once.
         whole = None if valid is None else self.exchange.everywhere(valid, place)
-        if self.pos_embed is not None:
-            x = self.pos_embed(x, place, whole)
+        for embed in (self.pos_embed, self.grid_embed):
+            if embed is not None:
+                x = embed(x, place, whole)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
         prefix = x.new_zeros(x.shape[0], 0, x.shape[-1])
         if self.prefix is not None:
-            prefix = self.prefix.to(x.dtype).expand(x.shape[0], -1, -1)
-        for block in self.blocks:
-            assert isinstance(block, Layer)
-            x, prefix = block(x, prefix, place, whole, chance)
-            place = block.exit(place)
+            own = self.prefix if self.prefix_embed is None else self.prefix + self.prefix_embed
+            prefix = own.to(x.dtype).expand(x.shape[0], -1, -1)
+        x, prefix, place = run_layers(self.blocks, x, prefix, place, whole, chance)
         x = self.exchange(self.norm(x), place, Layout.TILE)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
         return x, self.norm(prefix)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    prefix: Tensor,
+    place: Place,
+    valid: Tensor | None,
+    chance: Chance | None,
+) -> tuple[Tensor, Tensor, Place]:
+    """(tokens, prefix, where the tokens are) after `layers`; arguments as of `Layer`."""
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        x, prefix = layer(x, prefix, place, valid, chance)
+        place = layer.exit(place)
+    return x, prefix, place
+
+
+def _tokens(count: int, dim: int) -> nn.Parameter:
+    tokens = nn.Parameter(torch.empty(count, dim))
+    nn.init.trunc_normal_(tokens, std=0.02)
+    return tokens
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,0 +1,348 @@
+"""timm's vision transformers become axial, in place, their weights kept. The only file with timm.
+
+Needs the extra: `pip install axialtrain[timm]`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Attention, DropPath, PatchEmbed
+from timm.layers import Mlp as TimmMlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.passes import AxialAttention
+from axialtrain.attention.positions import extents, resampled
+from axialtrain.grid import Layout, Place, tokens_across
+from axialtrain.mesh.exchange import Exchange
+from axialtrain.models import transformer
+from axialtrain.models.chance import Chance
+from axialtrain.models.heads import mean_token
+from axialtrain.models.layer import Layer
+
+SUPPORTED = (
+    "timm's VisionTransformer and VisionTransformerDistilled (vit_*, deit_*, deit3_*) of plain "
+    "blocks: layer norms, GELU-like MLPs, no norm on queries and keys, no dropout, "
+    "pooling by class token or mean"
+)
+
+
+def axialize(
+    model: nn.Module,
+    axial_config: AxialConfig | Mapping[str, Any],
+    grid: tuple[int, int] | None = None,
+) -> nn.Module:
+    """Turn a timm ViT or DeiT into an axial one, in place, and return it.
+
+    Weights are kept: a layer with shared projections has those of the block that it replaces;
+    separate ones (`share_projections: False`) start as copies. Class, distillation and register
+    tokens are the prefix of every layer. Images may have any size afterwards: the position
+    embedding is resampled to each, as timm does, and a last partial patch is filled with zeros.
+
+    axial_config: a dictionary or an `AxialConfig`. positions is "none" where a dictionary does not
+        name it: the model's own embedding is added as before; "rope" and "relative" come on top.
+    grid: (H, W), the token grid that relative tables are made for; the model's own by default.
+
+    The result is still an instance of its class, with timm's methods. Its forward takes timm's
+    images [B, C, height, width], and, where they are spread over a mesh (`parallelize`), this
+    rank's part of them with `valid` and `place`: see `Axialized.forward`.
+
+    Raises ValueError where the model, the config or the grid is not supported, with the model as
+    it was.
+    """
+    _check_model(model)
+    assert isinstance(model, VisionTransformer)
+    config = _config_of(axial_config)
+    rows, cols = model.patch_embed.grid_size
+    made_for = (int(rows), int(cols))
+    if grid is None:
+        grid = made_for
+    elif len(grid) != 2 or any(type(size) is not int or size < 1 for size in grid):
+        raise ValueError(
+            f"axialize: grid={grid}: allowed is (height, width) in tokens, each at least 1"
+        )
+    config.check_grid(grid[0], grid[1], grid)
+    config.check_heads(model.embed_dim, model.blocks[0].attn.num_heads)
+
+    layers = [_layer(block, i, config, grid) for i, block in enumerate(model.blocks)]
+    model.blocks = nn.ModuleList(layers)
+    model.axial_patch = model.patch_embed.patch_size[0]
+    model.embedded_grid = made_for
+    model.axial_grid = grid
+    model.axial_config = config
+    model.patch_embed = _patch_embed(model.patch_embed)
+    model.exchange = Exchange()
+    kind = type(model)
+    model.__class__ = type(f"Axial{kind.__name__}", (Axialized, kind), {})
+    return model
+
+
+class Axialized(nn.Module):
+    """What an axialized model does in place of timm's methods; mixed in before its class."""
+
+    axial_config: AxialConfig
+    axial_grid: tuple[int, int]  # that of relative tables
+    axial_patch: int
+    embedded_grid: tuple[int, int]  # that of pos_embed
+    exchange: Exchange
+    blocks: nn.ModuleList  # of Layer
+    # timm's
+    patch_embed: transformer.PatchEmbed
+    norm_pre: nn.Module
+    norm: nn.Module
+    pos_embed: Tensor | None
+    cls_token: Tensor | None
+    reg_token: Tensor | None
+    dist_token: Tensor
+    no_embed_class: bool
+    num_prefix_tokens: int
+    global_pool: str
+    forward_head: Callable[[Tensor], Tensor]
+
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        place: Place | None = None,
+        chance: Chance | None = None,
+    ) -> Tensor:
+        """x: [B, C, height, width] -> timm's logits.
+
+        On a mesh, x is this rank's tile, valid: bool [B, h, w] of its tokens (None where all
+        count) and place its part of the grid. The logits are then alike on all ranks of an image.
+        chance: draws of drop-path and left-out passes while training; a serial model draws its
+        own from torch's generator.
+        """
+        tokens, prefix = self.forward_tokens(x, valid, place, chance)
+        if isinstance(self, VisionTransformerDistilled) or self.global_pool == "token":
+            return self.forward_head(prefix)
+        # timm pools what it is given, after the prefix: one token is its own mean.
+        mean = mean_token(tokens, valid, self.exchange)
+        return self.forward_head(torch.cat((prefix, mean[:, None]), 1))
+
+    def forward_features(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        place: Place | None = None,
+        chance: Chance | None = None,
+    ) -> Tensor:
+        """Prefix and this rank's tokens, row by row, as timm has them: [B, n + h w, D]."""
+        tokens, prefix = self.forward_tokens(x, valid, place, chance)
+        return torch.cat((prefix, tokens.flatten(1, 2)), 1)
+
+    def forward_tokens(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        place: Place | None = None,
+        chance: Chance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normed tokens [B, h, w, D] of this rank's tile, zeros where invalid, and the prefix."""
+        patch = self.axial_patch
+        height, width = (tokens_across(size, patch) for size in x.shape[2:])
+        if place is None:
+            place = Place(height, width)
+        self.axial_config.check_grid(place.height, place.width, self.axial_grid)
+        chance = self._chance(chance, x.shape[0])
+        x = F.pad(x, (0, width * patch - x.shape[3], 0, height * patch - x.shape[2]))
+        x = self.patch_embed(rearrange(x, "B C h w -> B h w C"), valid)
+        whole = None if valid is None else self.exchange.everywhere(valid, place)
+        x, prefix = self._positioned(x, place, whole)
+        x, prefix = self.norm_pre(x), self.norm_pre(prefix)
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+        x, prefix, place = transformer.run_layers(self.blocks, x, prefix, place, whole, chance)
+        x = self.exchange(self.norm(x), place, Layout.TILE)
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+        return x, self.norm(prefix)
+
+    def _positioned(self, x: Tensor, place: Place, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and prefix with the position embedding added."""
+        tokens = [self.cls_token]
+        if isinstance(self, VisionTransformerDistilled):
+            tokens.append(self.dist_token)
+        else:
+            tokens.append(self.reg_token)
+        present = [token for token in tokens if token is not None]
+        prefix = torch.cat(present, 1) if present else x.new_zeros(1, 0, x.shape[-1])
+        if self.pos_embed is not None:
+            count = 0 if self.no_embed_class else self.num_prefix_tokens
+            table = self.pos_embed[0, count:].unflatten(0, self.embedded_grid)
+            x = x + resampled(table, place, extents(place, whole, x)).to(x.dtype)
+            if count:
+                prefix = prefix + self.pos_embed[:, :count]
+        return x, prefix.to(x.dtype).expand(x.shape[0], -1, -1)
+
+    def _chance(self, given: Chance | None, images: int) -> Chance | None:
+        drawn = any(layer.drop_path or layer.skip_axis for layer in self.blocks)
+        if not self.training or not drawn:
+            return None
+        if given is None and self.exchange.mesh is None:
+            return Chance(int(torch.randint(2**62, ())), 0, tuple(range(images)))
+        if given is None:
+            raise ValueError(
+                "training with drop-path or skip_axis on a mesh needs the draws of the step: give "
+                "chance=Chance(seed, step, samples), or call eval()"
+            )
+        return given
+
+
+def axialize_state_dict(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+    """timm's weights as an axialized model has them: see `deaxialize_state_dict`."""
+    return {name: _convert(name, value, heads, to_axial=True) for name, value in state.items()}
+
+
+def deaxialize_state_dict(
+    state: Mapping[str, Tensor], *, heads: int, patch: int
+) -> dict[str, Tensor]:
+    """Weights of an axialized model as timm loads them; there and back they are bit-equal.
+
+    QKV is packed [q, k, v][N][K] again, and the patch projection is a convolution's. heads: N.
+    patch: side of a patch in pixels.
+    Raises ValueError for what timm has no place for: relative tables, separate projections.
+    """
+    for name in state:
+        if name.endswith((".bias_h", ".bias_w")):
+            raise ValueError(f"{name}: a timm model has no relative tables")
+        if ".attn.0." in name:
+            raise ValueError(f"{name}: a timm model has one set of projections per layer")
+    timm = {name: _convert(name, value, heads, to_axial=False) for name, value in state.items()}
+    weight = timm["patch_embed.proj.weight"]
+    timm["patch_embed.proj.weight"] = rearrange(weight, "D (C p q) -> D C p q", p=patch, q=patch)
+    return timm
+
+
+def _convert(name: str, value: Tensor, heads: int, *, to_axial: bool) -> Tensor:
+    if name == "patch_embed.proj.weight" and to_axial:
+        return value.flatten(1)
+    if ".attn.qkv." in name:
+        return _packed(value, heads) if to_axial else _unpacked(value, heads)
+    return value
+
+
+def _packed(qkv: Tensor, heads: int) -> Tensor:
+    """[q, k, v][N][K] (timm) -> [N][q, k, v][K]."""
+    return rearrange(qkv, "(three N K) ... -> (N three K) ...", three=3, N=heads)
+
+
+def _unpacked(qkv: Tensor, heads: int) -> Tensor:
+    return rearrange(qkv, "(N three K) ... -> (three N K) ...", three=3, N=heads)
+
+
+def _config_of(given: AxialConfig | Mapping[str, Any]) -> AxialConfig:
+    config = given
+    if not isinstance(config, AxialConfig):
+        config = AxialConfig.of({"positions": "none", **config})
+    if config.positions == "axial":
+        raise ValueError(
+            "axialize: axial_config.positions='axial': the model has its own embedding, allowed "
+            "are ['none', 'rope', 'relative']"
+        )
+    return config
+
+
+@torch.no_grad()
+def _layer(block: Block, index: int, config: AxialConfig, grid: tuple[int, int]) -> Layer:
+    """Our layer with the block's own modules and parameters."""
+    attn, path = block.attn, block.drop_path1
+    layer = Layer(
+        attn.qkv.in_features,
+        attn.num_heads,
+        block.mlp.fc1.out_features,
+        config,
+        index=index,
+        drop_path=float(path.drop_prob or 0.0) if isinstance(path, DropPath) else 0.0,
+        grid=grid,
+        qkv_bias=attn.qkv.bias is not None,
+    )
+    layer.to(attn.qkv.weight.device, attn.qkv.weight.dtype)
+    for value in attn.qkv.parameters():
+        value.copy_(_packed(value.clone(), attn.num_heads))
+    first, *others = layer.attn if isinstance(layer.attn, nn.ModuleList) else [layer.attn]
+    assert isinstance(first, AxialAttention)
+    first.qkv, first.proj = attn.qkv, attn.proj
+    for other in others:
+        other.qkv, other.proj = copy.deepcopy(attn.qkv), copy.deepcopy(attn.proj)
+    if isinstance(layer.norm1, nn.ModuleList):
+        copies = [copy.deepcopy(block.norm1) for _ in layer.norm1[1:]]
+        layer.norm1 = nn.ModuleList([block.norm1, *copies])
+    else:
+        layer.norm1 = block.norm1
+    layer.norm2, layer.mlp, layer.ls1, layer.ls2 = block.norm2, block.mlp, block.ls1, block.ls2
+    return layer.train(block.training)
+
+
+@torch.no_grad()
+def _patch_embed(theirs: PatchEmbed) -> transformer.PatchEmbed:
+    """Our projection of flattened patches, with the convolution's parameters."""
+    ours = transformer.PatchEmbed(theirs.patch_size[0], theirs.proj.in_channels, 1)
+    ours.proj = nn.Linear(1, 1, bias=False)
+    theirs.proj.weight.data = theirs.proj.weight.data.flatten(1)
+    ours.proj.weight = theirs.proj.weight
+    ours.proj.register_parameter("bias", theirs.proj.bias)
+    ours.proj.out_features, ours.proj.in_features = theirs.proj.weight.shape
+    return ours.train(theirs.training)
+
+
+def _check_model(model: nn.Module) -> None:
+    """ValueError where `axialize` does not know all that the model does."""
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise ValueError(
+            f"axialize: a {type(model).__name__} is not supported: allowed are {SUPPORTED}"
+        )
+    assert isinstance(model, VisionTransformer)
+    embed = model.patch_embed
+    plain = {
+        "patch_embed": type(embed) is PatchEmbed and _is_identity(embed.norm),
+        "patch_embed.patch_size": len(set(embed.patch_size)) == 1,
+        "pos_drop": model.pos_drop.p == 0,
+        "patch_drop": _is_identity(model.patch_drop),
+        "norm_pre": _is_norm(model.norm_pre),
+        "norm": _is_norm(model.norm),
+        "global_pool": model.global_pool in ("token", "avg"),
+        "pool_include_prefix": not model.pool_include_prefix,
+    }
+    for number, block in enumerate(model.blocks):
+        where = f"blocks.{number}"
+        plain[where] = type(block) is Block
+        if not plain[where]:
+            continue
+        attn, mlp = block.attn, block.mlp
+        plain[f"{where}.attn"] = (
+            type(attn) is Attention
+            and attn.gate is None
+            and attn.attn_dim == attn.qkv.in_features
+            and all(_is_identity(norm) for norm in (attn.q_norm, attn.k_norm, attn.norm))
+            and attn.attn_drop.p == attn.proj_drop.p == 0
+        )
+        plain[f"{where}.mlp"] = (
+            type(mlp) is TimmMlp
+            and _is_identity(mlp.norm)
+            and isinstance(mlp.fc1, nn.Linear)
+            and mlp.drop1.p == mlp.drop2.p == 0
+        )
+        plain[f"{where}.norm1"] = isinstance(block.norm1, nn.LayerNorm)
+        plain[f"{where}.norm2"] = isinstance(block.norm2, nn.LayerNorm)
+    for what, known in plain.items():
+        if not known:
+            raise ValueError(
+                f"axialize: {what} of this model is not supported: allowed are {SUPPORTED}"
+            )
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity | nn.LayerNorm)
