@@ -45,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RASTER",
         help="label rasters of the images' size, one for each image, in the same order",
     )
+    shard.add_argument(
+        "--image-labels",
+        nargs="+",
+        type=int,
+        metavar="CLASS",
+        help="a class, 0 to 65535, for each whole image, in the same order",
+    )
     shard.set_defaults(command=_shard)
 
     scene = commands.add_parser("scene", help="draw labelled scenes that need long range")
@@ -74,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 def _shard(parsed: argparse.Namespace) -> int:
     from axialtrain.data.shard import shard_images
 
-    print(shard_images(parsed.images, parsed.out, labels=parsed.labels))
+    print(
+        shard_images(
+            parsed.images, parsed.out, labels=parsed.labels, image_labels=parsed.image_labels
+        )
+    )
     return 0
 
 

@@ -18,6 +18,7 @@ def train(shards, *overrides):
 
 
 BAD = {
+    "init": (["init=nowhere.pth"], "init=nowhere.pth: no such file: allowed are a file of weights"),
     "experiment": (["experiment=nope"], "nope"),
     "key": (["train.stepz=3"], "unknown key train.stepz: allowed are"),
     "added key": (["+train.stepz=3"], "unknown key train.stepz: allowed are"),
@@ -29,6 +30,10 @@ BAD = {
     "cells": (["task.cells=5"], "task.cells=5 does not divide model.patch=32"),
     "pattern": (["model.axial_config.pattern=[diagonal]"], "unknown pass 'diagonal'"),
     "window": (["data.window=[0,4]"], "data.window"),
+    "bands of the mean": (
+        ["data.mean=[0.5,0.5]"],
+        "data.mean is [0.5, 0.5], allowed is a number from 0 to 1, or a list of 3 of them",
+    ),
     "attention key": (
         ["model.axial_config.windows=4"],
         "unknown key model.axial_config.windows: allowed are",
@@ -51,7 +56,7 @@ BAD = {
     ),
     "short tables": (
         ["model.axial_config.positions=relative", "model.grid=[16,15]"],
-        "a grid of 16 x 16 tokens exceeds the relative positions, made for 16 x 15",
+        "a grid of 16 x 16 tokens exceeds the relative positions, made for model.grid=[16, 15]",
     ),
     "rope": (
         ["model.dim=24", "model.heads=4", "model.axial_config.pattern=[row+global]"],
@@ -112,6 +117,18 @@ def test_an_image_that_is_not_there(tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "missing.tif" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_for_each_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["shard", "a.tif", "b.tif", "--out", "out", "--image-labels"]
+    for classes, message in (
+        (["1"], "image_labels has 1 classes, allowed is one for each of the 2 images"),
+        (["1", "-1"], "image_labels[1] is -1, allowed is a class from 0 to 65535"),
+    ):
+        assert main([*command, *classes]) == 2
+        assert capsys.readouterr().err == f"axialtrain: {message}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_that_only_one_rank_knows_is_said_by_it(

@@ -7,27 +7,33 @@ process reads. There is no collective here.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from axialtrain.data.checked import shown
 from axialtrain.data.codec import Pixels
 from axialtrain.data.order import Order, OrderState
 from axialtrain.data.region import Shards
-from axialtrain.data.store import UNLABELLED, ImageRow
+from axialtrain.data.store import BANDS, UNLABELLED, ImageRow
 from axialtrain.grid import Place, Rect, tokens_across
 
 MAX_WINDOWS = 10_000_000  # a list of them takes some 3 GB
-_PIXEL_BYTES = 3 * 4 + 1  # of Batch.pixels and Batch.present
+_PIXEL_BYTES = BANDS * 4 + 1  # of Batch.pixels and Batch.present
+
+PerBand = float | Sequence[float]  # one number for all bands, or one for each
 
 
 @dataclass
@@ -36,15 +42,16 @@ class DataConfig:
 
     shards, validation: folders of shards; validation is None where there is none.
     window: [height, width] in px of what is one sample, None for whole images.
-    mean, std: of the normalisation, in units of the full range 0..1.
+    mean, std: of the normalisation, in units of the full range 0..1: one number, or a list of one
+    for each of the 3 bands (Any, as OmegaConf knows no such union; floats after construction).
     prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
     """
 
     shards: str
     validation: str | None = None
     window: list[int] | None = None
-    mean: float = 0.5
-    std: float = 0.25
+    mean: Any = 0.5
+    std: Any = 0.25
     prefetch: int = 2
     workers: int = 1
 
@@ -56,14 +63,28 @@ class DataConfig:
                 f"data.window is {list(self.window)}, allowed is [height, width] in px, each at "
                 f"least 1, or null for whole images"
             )
-        if not 0 <= self.mean <= 1:
-            raise ValueError(f"data.mean is {self.mean}, allowed is 0 to 1")
-        if not 0 < self.std < float("inf"):
-            raise ValueError(f"data.std is {self.std}, allowed is more than 0")
+        self.mean = _per_band("mean", self.mean, 0, 1, "from 0 to 1")
+        self.std = _per_band("std", self.std, math.ulp(0), sys.float_info.max, "of more than 0")
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
         if self.workers < 1:
             raise ValueError(f"data.workers is {self.workers}, allowed is at least 1")
+
+
+def _per_band(key: str, value: Any, low: float, high: float, allowed: str) -> PerBand:
+    """`value` of data.`key` in floats, each within low..high, which `allowed` puts into words."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    numbers = list(value) if several else [value]
+    if len(numbers) != (BANDS if several else 1) or not all(
+        isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
+        for number in numbers
+    ):
+        raise ValueError(
+            f"data.{key} is {shown(numbers if several else value)}, allowed is a number {allowed}, "
+            f"or a list of {BANDS} of them, one for each band"
+        )
+    floats = [float(number) for number in numbers]
+    return floats if several else floats[0]
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,8 @@ class Batch:
     place: the whole token grid (the largest of the samples), and this rank's part of it.
     ids: names of the samples. samples: int64 [B], their index in the endless order (a filler has
     that of the sample whose size it repeats), to key random draws.
+    targets: int64 [B], the class of the image that each sample is cut from (a filler has that of
+    the sample whose size it repeats); None unless every image of the shards has one.
     """
 
     pixels: Tensor
@@ -100,6 +123,7 @@ class Batch:
     place: Place
     ids: tuple[str, ...]
     samples: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -357,7 +381,7 @@ class Loader:
         place = self._place([slot.window for slot in slots])
         mine = place.rect.scaled(self.patch)  # px, from the window's corner
         size = (len(slots), mine.height, mine.width)
-        pixels = np.zeros((*size, 3), np.float32)
+        pixels = np.zeros((*size, BANDS), np.float32)
         labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
         present = np.zeros(size, np.bool_)
         bytes_read = tiles_decoded = 0
@@ -384,12 +408,25 @@ class Loader:
             place=place,
             ids=tuple(slot.window.id for slot in slots),
             samples=torch.tensor([slot.sample for slot in slots]),
+            targets=self._targets(slots),
         )
         return batch, bytes_read, tiles_decoded
 
+    def _targets(self, slots: list[_Slot]) -> Tensor | None:
+        if not self.shards.has_image_labels:
+            return None
+        labels = [self.shards.row(slot.window.name).label for slot in slots]
+        return torch.tensor(labels, dtype=torch.int64)
+
     def _normalise(self, pixels: Pixels, present: NDArray[np.bool_]) -> NDArray[np.float32]:
         """uint8 [h, w, 3] to float32 of mean 0 and deviation 1, if config says so; missing is 0."""
-        table = ((np.arange(256) / 255 - self.config.mean) / self.config.std).astype(np.float32)
-        values: NDArray[np.float32] = table[pixels]
+        mean, std = np.atleast_1d(self.config.mean), np.atleast_1d(self.config.std)
+        tables = ((np.arange(256) / 255 - mean[:, None]) / std[:, None]).astype(np.float32)
+        if len(tables) == 1:  # one for all bands, which is looked up in one go
+            values: NDArray[np.float32] = tables[0][pixels]
+        else:
+            values = np.empty(pixels.shape, np.float32)
+            for band, table in enumerate(tables):
+                values[..., band] = table[pixels[..., band]]
         values[~present] = 0
         return values

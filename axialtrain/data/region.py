@@ -72,7 +72,9 @@ class Shards:
 
     images: one row each, in the order in which they were written. digest: of the manifest.
     has_labels: whether every image has a label raster. classes: the largest label of all images
-    + 1, 0 where all is unlabelled, None where no image has a raster.
+    + 1, 0 where all is unlabelled, None where no image has a raster. has_image_labels: whether
+    every image has a class of its own. image_classes: the largest of them + 1, None where no image
+    has one.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
@@ -81,6 +83,9 @@ class Shards:
         known = [row.classes for row in manifest.images if row.classes is not None]
         self.has_labels = len(known) == len(manifest.images)
         self.classes = max(known, default=None)
+        own = [row.label for row in manifest.images if row.label is not None]
+        self.has_image_labels = len(own) == len(manifest.images)
+        self.image_classes: int | None = max(own) + 1 if own else None
         self._fs = fs
         self._root = root
         self._rows = {row.name: row for row in manifest.images}

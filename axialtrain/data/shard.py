@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from axialtrain.data.checked import shown
 from axialtrain.data.codec import Pixels, encode_jpeg, encode_png
 from axialtrain.data.readers import Reader, open_image, tiles_of
 from axialtrain.data.store import (
@@ -29,6 +30,7 @@ from axialtrain.data.store import (
     MANIFEST,
     MAX_BLOCKS,
     MAX_HEAD_BYTES,
+    MAX_LABEL,
     MAX_LEVEL,
     TAR_RECORD,
     UNLABELLED,
@@ -78,6 +80,7 @@ def shard_images(
     out: str | Path,
     *,
     labels: Sequence[str | Path] | None = None,
+    image_labels: Sequence[int] | None = None,
     level: int = 0,
     shard_bytes: int = 1 << 30,
     progress: bool = True,
@@ -85,8 +88,9 @@ def shard_images(
     """Write `images` (paths) as shards into the folder `out`.
 
     labels: paths of label rasters, one per image, of the size of the stored level, one uint8 band,
-    255 where there is no target. level: of each image's pyramid. shard_bytes: a shard is closed
-    after the image with which it reaches this size. progress: show a bar.
+    255 where there is no target. image_labels: a class, 0 to 65535, for each whole image. level: of
+    each image's pyramid. shard_bytes: a shard is closed after the image with which it reaches this
+    size. progress: show a bar.
 
     Everything is opened and compared before anything is written: ValueError names what is wrong.
     """
@@ -94,7 +98,7 @@ def shard_images(
     _check_out(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}, allowed is at least 1")
-    jobs = _check(images, labels, level)
+    jobs = _check(images, labels, image_labels, level)
     with _naming(out):
         out.mkdir(parents=True, exist_ok=True)
     rows: list[ImageRow] = []
@@ -146,12 +150,16 @@ class _Job:
     name: str
     image: Path
     labels: Path | None
+    label: int | None
     level: int
     blocks: int
 
 
 def _check(
-    images: Sequence[str | Path], labels: Sequence[str | Path] | None, level: int
+    images: Sequence[str | Path],
+    labels: Sequence[str | Path] | None,
+    image_labels: Sequence[int] | None,
+    level: int,
 ) -> list[_Job]:
     """Open every input once, so that what is wrong with the last is said before the first."""
     if not images:
@@ -160,11 +168,14 @@ def _check(
         raise ValueError(
             f"labels has {len(labels)} paths, allowed is one for each of the {len(images)} images"
         )
+    if image_labels is not None:
+        _check_image_labels(image_labels, len(images))
     if not 0 <= level <= MAX_LEVEL:
         raise ValueError(f"level is {level}, allowed is 0 to {MAX_LEVEL}")
     jobs: dict[str, _Job] = {}
     for index, image in enumerate(images):
         raster = None if labels is None else Path(labels[index])
+        label = None if image_labels is None else int(image_labels[index])
         name = image_name(image)
         if name in jobs:
             raise ValueError(
@@ -178,8 +189,22 @@ def _check(
                 raise ValueError(f"{image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
             if raster is not None:
                 _check_raster(raster, reader)
-        jobs[name] = _Job(name, Path(image), raster, level, rows * cols)
+        jobs[name] = _Job(name, Path(image), raster, label, level, rows * cols)
     return list(jobs.values())
+
+
+def _check_image_labels(labels: Sequence[int], images: int) -> None:
+    if len(labels) != images:
+        raise ValueError(
+            f"image_labels has {len(labels)} classes, allowed is one for each of the {images} "
+            "images"
+        )
+    for index, label in enumerate(labels):
+        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        if not whole or not 0 <= label <= MAX_LABEL:
+            raise ValueError(
+                f"image_labels[{index}] is {shown(label)}, allowed is a class from 0 to {MAX_LABEL}"
+            )
 
 
 def _check_raster(path: Path, image: Reader) -> None:
@@ -223,6 +248,7 @@ class _ImageWriter:
                 source_sha256=_sha256(job.image),
                 group=job.name,
                 blocks=(),
+                label=job.label,
             )
             blocks = []
             for row, col in hilbert_order(*head.block_grid):
@@ -283,6 +309,7 @@ class _ImageWriter:
             height=head.height,
             width=head.width,
             classes=head.classes,
+            label=head.label,
         )
 
 

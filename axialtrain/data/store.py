@@ -7,7 +7,7 @@ A folder of plain WebDataset tars and one `manifest.json`. An image is a run of 
         .json                              which tiles are there, CRC-32C of each   -> BlockIndex
         .labels.png                        its label raster, cut at the image's border
     {image}/head                           the last sample
-        .json                              size, encoding, where each block lies    -> Head
+        .json                              size, class, where each block lies       -> Head
         .thumbnail.jpg
 
 The manifest has one row per image and is all that is loaded for a whole data set; a head is
@@ -34,12 +34,14 @@ MANIFEST = "manifest.json"
 BLOCK = 8  # tiles along each side of a block
 LABELS = "labels.png"  # a block's member
 UNLABELLED = 255  # label of a pixel that is no target
+BANDS = 3  # of a stored image: RGB
 
 MAX_SIDE = 1 << 20  # px, of an image
 MIN_TILE, MAX_TILE = 16, 2048  # px
 MAX_LEVEL = 64
 MAX_BLOCKS = 1 << 20  # of an image
 MAX_IMAGES = 1 << 22
+MAX_LABEL = (1 << 16) - 1  # the class of a whole image
 MAX_BYTES = 1 << 50  # of a shard: beyond any file, within exact JSON numbers
 MAX_HEAD_BYTES = 1 << 28
 MAX_MANIFEST_BYTES = 1 << 30
@@ -183,7 +185,7 @@ class Head:
 
     height, width: px of the stored level. tile: px. mpp: micrometres per px of the stored level.
     level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
-    encoding: of the tiles, "jpg" or "png". classes: as in ImageRow.
+    encoding: of the tiles, "jpg" or "png". classes, label: as in ImageRow.
     group: images that belong in the same split.
     """
 
@@ -199,6 +201,7 @@ class Head:
     source_sha256: str
     group: str
     blocks: tuple[BlockEntry, ...]
+    label: int | None = None
 
     @property
     def rect(self) -> Rect:
@@ -218,7 +221,7 @@ class Head:
         return Rect(row, row + 1, col, col + 1).scaled(BLOCK * self.tile).intersect(self.rect)
 
     def to_json(self) -> bytes:
-        return _dump({"version": FORMAT_VERSION, "block": BLOCK, **asdict(self)})
+        return _dump({"version": FORMAT_VERSION, "block": BLOCK, **_fields(self)})
 
     @staticmethod
     def from_json(data: bytes, row: ImageRow, shard_bytes: int, where: str) -> Head:
@@ -233,6 +236,8 @@ class Head:
         mpp = None if record.values.get("mpp") is None else record.number("mpp", 1e-9, 1e9)
         if record.integer_or_none("classes", 0, UNLABELLED) != row.classes:
             raise record.wrong("classes", f"{row.classes}, as in {MANIFEST}")
+        if _label(record) != row.label:
+            raise record.wrong("label", f"{row.label}, as in {MANIFEST}")
         rows, cols = block_grid(height, width, tile)
         if rows * cols > MAX_BLOCKS:
             raise record.wrong("tile", f"a size that makes at most {MAX_BLOCKS} blocks")
@@ -258,6 +263,7 @@ class Head:
             source_sha256=record.text("source_sha256", _SHA256, _SHA256_WORDS),
             group=record.text("group", _NAME, _NAME_WORDS),
             blocks=tuple(blocks.values()),
+            label=row.label,
         )
 
 
@@ -284,7 +290,7 @@ class ImageRow:
 
     head_offset, head_length: the bytes of the head's JSON in `shard`; head_sha256: of those bytes.
     height, width: px. classes: the largest label of its raster + 1, 0 where all is unlabelled, None
-    without a raster.
+    without a raster. label: the class of the whole image, None where it has none.
     """
 
     name: str
@@ -295,6 +301,7 @@ class ImageRow:
     height: int
     width: int
     classes: int | None
+    label: int | None = None
 
     @staticmethod
     def from_record(item: Record) -> ImageRow:
@@ -307,6 +314,7 @@ class ImageRow:
             height=item.integer("height", 1, MAX_SIDE),
             width=item.integer("width", 1, MAX_SIDE),
             classes=item.integer_or_none("classes", 0, UNLABELLED),
+            label=_label(item),
         )
 
 
@@ -322,7 +330,7 @@ class Manifest:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     def to_json(self) -> bytes:
-        rows = [asdict(row) for row in self.images]
+        rows = [_fields(row) for row in self.images]
         return _dump({"version": FORMAT_VERSION, "images": rows})
 
     @staticmethod
@@ -340,6 +348,18 @@ class Manifest:
                 raise ValueError(f"{where}: images has the name {row.name!r} twice")
             names.add(row.name)
         return Manifest(rows)
+
+
+def _label(record: Record) -> int | None:
+    """The class of the whole image; None also where there is no such key, as in older shards."""
+    if record.values.get("label") is None:
+        return None
+    return record.integer("label", 0, MAX_LABEL)
+
+
+def _fields(record: Head | ImageRow) -> dict[str, object]:
+    """What of `record` its JSON holds. No label is no key, so that older digests stay."""
+    return {k: v for k, v in asdict(record).items() if k != "label" or v is not None}
 
 
 def _dump(value: object) -> bytes:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from einops import reduce
 from torch import Tensor
+
+from axialtrain.data.loader import PerBand
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,13 @@ class Panel:
     pixels: np.ndarray
 
 
-def image_panel(pixels: Tensor, side: int, title: str, *, mean: float, std: float) -> Panel:
-    """Normalised pixels [h * side, w * side, bands] as they were before, side x side averaged."""
+def image_panel(pixels: Tensor, side: int, title: str, *, mean: PerBand, std: PerBand) -> Panel:
+    """Normalised pixels [h * side, w * side, bands] as they were before, side x side averaged.
+
+    mean, std: of their normalisation, one number or one for each band.
+    """
     small = reduce(pixels.float(), "(h p) (w q) C -> h w C", "mean", p=side, q=side)
+    small = small * torch.as_tensor(std).to(small) + torch.as_tensor(mean).to(small)
     if small.shape[-1] != 3:  # show the first band in grey
         small = small[..., :1].expand(*small.shape[:-1], 3)
-    return Panel(title, ((small * std + mean).clamp(0, 1) * 255).byte().cpu().numpy())
+    return Panel(title, (small.clamp(0, 1) * 255).byte().cpu().numpy())

@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from axialtrain.data.loader import MAX_WINDOWS, Batch, DataConfig, Loader, Steps, cut_windows
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import Region, Shards, open_shards
+from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED, ImageRow
 from axialtrain.grid import Layout, Rect
+from axialtrain.tasks.panels import image_panel
 
 if TYPE_CHECKING:
     from conftest import Source
@@ -36,6 +39,19 @@ def loader(source: Source, window: list[int] | None = None, **changes: Any) -> L
     }
     config = DataConfig(source.url, window=window, **changes.pop("config", {}))
     return Loader(open_shards(source.url), config, **{**options, **changes})
+
+
+CLASSES = {"wide": 3, "small": 0, "tall": 65535}
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.3, 2]
+
+
+@pytest.fixture(scope="module")
+def classed(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The images of `source` without label rasters, each with a class of its own."""
+    out = tmp_path_factory.mktemp("classed") / "shards"
+    images = [Path(source.url).parent / f"{name}.tif" for name in CLASSES]
+    shard_images(images, out, image_labels=list(CLASSES.values()), progress=False)
+    return replace(source, url=str(out))
 
 
 def row(name: str, height: int, width: int) -> ImageRow:
@@ -75,6 +91,73 @@ def test_batch_is_the_image_normalised(source: Source) -> None:
     assert batch.valid.all()
     assert batch.weight.tolist() == [1.0]
     assert batch.samples.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), (0.4, STD), (MEAN, 0.2)])
+def test_each_band_has_a_normalisation_of_its_own(
+    source: Source, mean: float | list[float], std: float | list[float]
+) -> None:
+    batch = next(loader(source, config={"mean": mean, "std": std}).once())
+    assert batch.pixels.dtype == torch.float32
+    expected = (source.pixels["wide"] / 255 - mean) / std
+    np.testing.assert_array_equal(batch.pixels[0, :200, :300], expected.astype(np.float32))
+    assert not batch.pixels[~batch.present].any()
+    panel = image_panel(batch.pixels[0], 1, "image", mean=mean, std=std)
+    shown = panel.pixels[:200, :300].astype(int)
+    assert np.abs(shown - source.pixels["wide"]).max() <= 1  # it rounds down
+
+
+def test_one_number_is_the_same_as_one_for_each_band(source: Source) -> None:
+    one, several = (
+        next(loader(source, config={"mean": mean, "std": std}).once())
+        for mean, std in ((0.4, 0.2), ([0.4] * 3, [0.2] * 3))
+    )
+    assert torch.equal(one.pixels, several.pixels)
+    table = ((np.arange(256) / 255 - 0.4) / 0.2).astype(np.float32)
+    np.testing.assert_array_equal(one.pixels[0, :200, :300], table[source.pixels["wide"]])
+
+
+def test_targets_are_the_classes_of_the_images(classed: Source, source: Source) -> None:
+    from axialtrain.train.loop import to_device
+
+    batch = next(loader(classed, micro_batch=3, batch=3).once())
+    assert batch.targets is not None
+    assert batch.targets.dtype == torch.int64
+    assert batch.targets.tolist() == [3, 0, 65535]
+    assert batch.labels is None
+    moved = to_device(batch, torch.device("meta")).targets
+    assert moved is not None
+    assert moved.is_meta
+    without = next(loader(source).once())
+    assert without.targets is None
+    assert to_device(without, torch.device("meta")).targets is None
+
+
+@pytest.mark.parametrize(("data_ranks", "mesh_shape"), [(1, (2, 1)), (2, (1, 1)), (3, (1, 2))])
+def test_targets_go_with_their_samples_on_all_ranks(
+    classed: Source, data_ranks: int, mesh_shape: tuple[int, int]
+) -> None:
+    """batch 5 in micro-batches of 2: every number of data ranks makes fillers."""
+    fillers = 0
+    taken_samples = {}
+    for data_rank in range(data_ranks):
+        for at in np.ndindex(mesh_shape):
+            one = loader(
+                classed, [100, 90], batch=5, micro_batch=2, mesh_shape=mesh_shape, at=at,
+                data_rank=data_rank, data_ranks=data_ranks,
+            )  # fmt: skip
+            batches = [batch for step in one.steps(2, 4) for batch in step] + list(one.once())
+            for batch in batches:
+                assert batch.targets is not None
+                names = [id.split("@")[0] for id in batch.ids]
+                assert batch.targets.tolist() == [CLASSES[name] for name in names]
+                fillers += int((batch.weight == 0).sum())
+            for batch in batches[: 2 * one.accumulation]:
+                assert batch.targets is not None
+                for sample, target in zip(batch.samples, batch.targets, strict=True):
+                    assert taken_samples.setdefault(int(sample), int(target)) == target
+    assert fillers > 0
+    assert sorted(taken_samples) == list(range(10, 20))
 
 
 def test_smaller_samples_are_padded_with_invalid_tokens(source: Source) -> None:
@@ -410,7 +493,23 @@ def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
         ("window", [1]),
         ("window", [0, 5]),
         ("mean", 1.5),
+        ("mean", True),
+        ("mean", None),
+        ("mean", "0.5"),
+        ("mean", float("nan")),
+        ("mean", []),
+        ("mean", [0.5]),
+        ("mean", [0.5] * 4),
+        ("mean", [0.5, 0.5, -0.1]),
+        ("mean", [0.5, 0.5, False]),
+        ("mean", [0.5, 0.5, [0.5]]),
+        ("mean", {"red": 0.5}),
         ("std", 0.0),
+        ("std", float("inf")),
+        ("std", 10**400),
+        ("std", [0.2, 0.2]),
+        ("std", [0.2, 0.2, 0]),
+        ("std", [0.2, 0.2, float("nan")]),
         ("prefetch", -1),
         ("workers", 0),
     ],
@@ -418,6 +517,28 @@ def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
 def test_wrong_config_is_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is"):
         DataConfig(**{"shards": "x", key: value})  # type: ignore[arg-type]
+
+
+def test_normalisation_comes_from_yaml_and_command_line() -> None:
+    from axialtrain.train.compose import compose_run
+
+    schema = OmegaConf.structured(DataConfig)
+    read = OmegaConf.create("{shards: x, mean: [0.485, 0.456, 0.406], std: 1}")
+    for dots, mean, std in (([], MEAN, 1.0), (["mean=0", "std=[0.229,0.3,2]"], 0.0, STD)):
+        config = OmegaConf.to_object(OmegaConf.merge(schema, read, OmegaConf.from_dotlist(dots)))
+        assert isinstance(config, DataConfig)
+        assert (config.mean, config.std) == (mean, std)
+        assert isinstance(config.mean, type(mean))
+    for overrides, mean, std in (
+        (["data.mean=0.4"], 0.4, 0.25),
+        (["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.3,2]"], MEAN, STD),
+        (["data.mean=[0,0,0]", "data.mean=0.3"], 0.3, 0.25),
+    ):
+        config = compose_run(["data.shards=x", *overrides])[0].data
+        assert (config.mean, config.std) == (mean, std)
+    for override in ("data.mean=grey", "data.mean=null"):
+        with pytest.raises(ValueError, match=r"^data\.mean is .*, allowed is a number from 0 to 1"):
+            compose_run(["data.shards=x", override])
 
 
 def test_run_goes_on_where_it_stood(source: Source) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from axialtrain.cli import main
 from axialtrain.data import shard
 from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
@@ -126,6 +129,43 @@ def test_classes_of_each_image_are_counted(tmp_path: Path) -> None:
     assert (shards.has_labels, shards.classes) == (True, 8)
 
 
+def test_class_of_each_image_is_kept(tmp_path: Path) -> None:
+    images = [write(tmp_path, name)[0] for name in ("a", "b", "c")]
+    out = tmp_path / "out"
+    classes: list[Any] = [3, 0, np.uint16(65535)]  # also as a table's column has them
+    shard_images(images, out, image_labels=classes, progress=False)
+    shards = open_shards(str(out))
+    assert [row.label for row in shards.images] == [3, 0, 65535]
+    assert [shards.head(name).label for name in "abc"] == [3, 0, 65535]
+    assert (shards.has_image_labels, shards.image_classes) == (True, 65536)
+    assert (shards.has_labels, shards.classes) == (False, None)
+    # Where only some have a class, as in shards that were put together by hand.
+    manifest = out / "manifest.json"
+    data = json.loads(manifest.read_bytes())
+    del data["images"][2]["label"]
+    manifest.write_text(json.dumps(data))
+    shards = open_shards(str(out))
+    assert (shards.has_image_labels, shards.image_classes) == (False, 4)
+    with pytest.raises(ValueError, match="label is 65535, allowed is None, as in manifest"):
+        shards.head("c")
+
+
+def test_without_classes_nothing_speaks_of_them(tmp_path: Path) -> None:
+    image, labels = write(tmp_path)
+    shard_images([image], tmp_path / "out", labels=[labels], progress=False)
+    shards = open_shards(str(tmp_path / "out"))
+    assert (shards.has_image_labels, shards.image_classes) == (False, None)
+    assert shards.head("a.b").label is None
+    assert "label" not in json.loads((tmp_path / "out" / "manifest.json").read_bytes())["images"][0]
+
+
+def test_command_takes_a_class_for_each_image(tmp_path: Path) -> None:
+    images = [str(write(tmp_path, name)[0]) for name in ("a", "b")]
+    out = str(tmp_path / "out")
+    assert main(["shard", *images, "--out", out, "--image-labels", "7", "0"]) == 0
+    assert [row.label for row in open_shards(out).images] == [7, 0]
+
+
 @settings(max_examples=4, deadline=None)
 @given(name=st.from_regex(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{{MAX_NAME - 1}}}", fullmatch=True))
 def test_longest_names_are_read_back(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -180,6 +220,17 @@ def test_all_inputs_are_checked_before_anything_is_written(tmp_path: Path) -> No
             shard_images(images, out, labels=rasters, progress=False)
     with pytest.raises(ValueError, match="level is 65, allowed is 0 to 64"):
         shard_images([image], out, level=65, progress=False)
+    for classes, message in (
+        ([], "image_labels has 0 classes, allowed is one for each of the 1 images"),
+        ([1, 2], "image_labels has 2 classes"),
+        ([-1], r"image_labels\[0\] is -1, allowed is a class from 0 to 65535"),
+        ([65536], r"image_labels\[0\] is 65536, allowed"),
+        ([True], r"image_labels\[0\] is True, allowed"),
+        ([1.0], r"image_labels\[0\] is 1\.0, allowed"),
+        (["1"], r"image_labels\[0\] is '1', allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shard_images([image], out, image_labels=classes, progress=False)  # type: ignore[arg-type]
     assert not out.exists()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ from axialtrain.data.store import (
 )
 
 ROW = ImageRow("a.b", "shard-00000.tar", 4096, 500, "0" * 64, 300, 200, None)
+ROW_2 = replace(ROW, name="c")
 HEAD = Head(
     name="a.b",
     height=300,
@@ -95,6 +97,31 @@ def test_records_survive_json() -> None:
     assert BlockIndex.from_json(index.to_json(), HEAD, 1, 0, "b") == index
 
 
+@pytest.mark.parametrize("label", [0, 7, 65535])
+def test_class_of_an_image_survives_json(label: int) -> None:
+    row, head = replace(ROW, label=label), replace(HEAD, label=label)
+    assert Manifest.from_json(Manifest((row, ROW_2)).to_json(), "m").images == (row, ROW_2)
+    assert Head.from_json(head.to_json(), row, 1 << 20, "h") == head
+    assert Manifest((row,)).digest != Manifest((ROW,)).digest
+
+
+def test_records_without_a_class_are_those_of_before_there_were_classes() -> None:
+    manifest = Manifest((ROW,))
+    assert b'label"' not in manifest.to_json() + HEAD.to_json()
+    # As it was when an image had no class at all: runs saved then still go on.
+    assert manifest.digest == "5e21e7915173e6cec55e27af046a78b63eeb35453d7f2e8e89babc31bda1bbc8"
+    data = json.loads(manifest.to_json())
+    data["images"][0]["label"] = None
+    assert Manifest.from_json(json.dumps(data).encode(), "m") == manifest
+
+
+@pytest.mark.parametrize(("of_row", "of_head"), [(None, 3), (3, None), (3, 4), (1, True)])
+def test_head_of_another_class_is_refused(of_row: int | None, of_head: int | None) -> None:
+    data = replace(HEAD, label=of_head).to_json()
+    with pytest.raises(ValueError, match=r"^h: label is .*, allowed is .*"):
+        Head.from_json(data, replace(ROW, label=of_row), 1 << 20, "h")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -115,6 +142,11 @@ def test_records_survive_json() -> None:
         ("classes", 256),
         ("classes", -1),
         ("classes", False),
+        ("label", -1),
+        ("label", 65536),
+        ("label", 1.0),
+        ("label", True),
+        ("label", "3"),
     ],
 )
 def test_hostile_manifest_row_is_named(key: str, value: object) -> None:
@@ -159,6 +191,7 @@ def test_manifest_that_is_none_is_refused(data: bytes, message: str) -> None:
         ("mpp", float("nan")),
         ("encoding", "gif"),
         ("classes", 3),
+        ("label", 1 << 16),
         ("name", "other"),
         ("group", "../x"),
         ("blocks", [{}] * 7),
