@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 
 class Layout(enum.Enum):
@@ -191,3 +192,39 @@ def messages(owned: Sequence[Rect], wanted: Sequence[Rect], me: int) -> Messages
         send=tuple(owned[me].intersect(want) for want in wanted),
         receive=tuple(own.intersect(wanted[me]) for own in owned),
     )
+
+
+@dataclass(frozen=True)
+class WindowBand:
+    """Consecutive tokens along one axis that lie in whole windows, or in a part of one.
+
+    windows: how many windows. queries, keys: how many tokens ask, and how many are asked; start,
+    first: the coordinates of the first of each.
+    """
+
+    windows: int
+    queries: int
+    keys: int
+    start: int
+    first: int
+
+
+def window_bands(
+    queries: tuple[int, int], keys: tuple[int, int], size: int, shift: int
+) -> list[WindowBand]:
+    """`queries` start..stop, cut into the part of a window it begins with, whole windows, and the
+    part of one it ends with, each where there is one.
+
+    keys: start..stop of the tokens of the image in windows that the queries touch. Windows are cut
+    at the coordinates k * size - shift.
+    """
+    start, stop = queries
+    inner = (-(-(start + shift) // size) * size - shift, (stop + shift) // size * size - shift)
+    cuts = [start, *(cut for cut in sorted(set(inner)) if start < cut < stop), stop]
+    bands = []
+    for begin, end in pairwise(cuts):
+        first = max((begin + shift) // size * size - shift, keys[0])
+        last = min(-(-(end + shift) // size) * size - shift, keys[1])
+        count = -(-(end + shift) // size) - (begin + shift) // size
+        bands.append(WindowBand(count, end - begin, last - first, begin, first))
+    return bands

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -79,7 +79,9 @@ class AxialConfig:
 
     def __post_init__(self) -> None:
         allowed = [one.value for one in Pass]
-        if isinstance(self.pattern, str) or not all(isinstance(one, str) for one in self.pattern):
+        if not isinstance(self.pattern, list | tuple) or not all(
+            isinstance(one, str) for one in self.pattern
+        ):
             raise ValueError(
                 f"axial_config.pattern={self.pattern!r}: allowed is a list of strings, one for "
                 "each layer, like ['row+col']"
@@ -107,8 +109,9 @@ class AxialConfig:
             value = getattr(self, key)
             if (key, value) != ("span", None) and (type(value) is not int or value < 1):
                 raise ValueError(f"axial_config.{key}={value!r}: allowed are whole numbers from 1")
-        if not 0 <= self.skip_axis <= 1:
-            raise ValueError(f"axial_config.skip_axis={self.skip_axis}: allowed is 0 to 1")
+        skip = self.skip_axis
+        if type(skip) not in (int, float) or not 0 <= skip <= 1:
+            raise ValueError(f"axial_config.skip_axis={skip!r}: allowed is 0 to 1")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> AxialConfig:
@@ -123,20 +126,31 @@ class AxialConfig:
         """The passes of layer number `layer`, in order."""
         return tuple(Pass(name) for name in self.pattern[layer % len(self.pattern)].split("+"))
 
-    @property
-    def all_passes(self) -> frozenset[Pass]:
-        """Every pass that some layer has."""
-        return frozenset(one for layer in range(len(self.pattern)) for one in self.passes(layer))
+    def used(self, depth: int) -> frozenset[Pass]:
+        """Every pass that one of `depth` layers has."""
+        return frozenset(one for layer in range(depth) for one in self.passes(layer))
 
-    @property
-    def _far(self) -> list[Pass]:
-        """The passes that reach as far as the image does."""
-        return [one for one in self.all_passes if not one.windowed]
+    def unused_keys(self, depth: int) -> list[str]:
+        """What is set, and read by none of `depth` layers."""
+        passes = [self.passes(layer) for layer in range(depth)]
+        unused = []
+        if self.skip_axis and all(len(one) == 1 for one in passes):
+            unused.append(f"skip_axis={self.skip_axis} (no layer has several passes)")
+        if self.span is not None and self.positions != "relative":
+            unused.append(f"span={self.span} (positions={self.positions})")
+        return unused
 
-    def check_heads(self, dim: int, heads: int) -> None:
-        """Raise ValueError where a model of that width cannot have so many heads."""
+    def check_heads(self, dim: int, heads: int, passes: Collection[Pass] | None = None) -> None:
+        """Raise ValueError where a model of that width cannot have so many heads.
+
+        passes: those that it has; all of the pattern where left out, here and below.
+        """
+        passes = self.used(len(self.pattern)) if passes is None else passes
         if dim % heads:
-            raise ValueError(f"model.heads={heads} does not divide model.dim={dim}")
+            allowed = [n for n in range(1, dim + 1) if dim % n == 0]
+            raise ValueError(
+                f"model.heads={heads} does not divide model.dim={dim}: allowed are {allowed}"
+            )
         width = dim // heads
         if self.positions != "rope":
             return
@@ -145,7 +159,7 @@ class AxialConfig:
                 f"axial_config.positions=rope needs an even head width, got model.dim={dim} / "
                 f"model.heads={heads} = {width}"
             )
-        areas = sorted(one.value for one in self.all_passes if len(one.dims) == 2)
+        areas = sorted(one.value for one in passes if len(one.dims) == 2)
         if areas and width % 4:
             raise ValueError(
                 f"axial_config.positions=rope in a {areas[0]} pass gives half of each head to "
@@ -153,9 +167,13 @@ class AxialConfig:
                 f"model.heads={heads} = {width}"
             )
 
-    def check_span(self, grid: tuple[int, int] | None) -> None:
+    def check_span(
+        self, grid: tuple[int, int] | None, passes: Collection[Pass] | None = None
+    ) -> None:
         """Raise ValueError where learned positions have no size to be made for."""
-        if self.positions == "relative" and self.span is None and grid is None and self._far:
+        passes = self.used(len(self.pattern)) if passes is None else passes
+        far = any(not one.windowed for one in passes)
+        if self.positions == "relative" and self.span is None and grid is None and far:
             raise ValueError(
                 "axial_config.positions=relative needs to know its tables' size: give "
                 "axial_config.span, or the model's grid"
@@ -166,20 +184,29 @@ class AxialConfig:
                 "model's grid, [height, width] in tokens"
             )
 
-    def check_grid(self, height: int, width: int, grid: tuple[int, int] | None) -> None:
+    def check_grid(
+        self,
+        height: int,
+        width: int,
+        grid: tuple[int, int] | None,
+        passes: Collection[Pass] | None = None,
+    ) -> None:
         """Raise ValueError where an image of height x width tokens cannot be attended to.
 
         grid: that which the model was made for.
         """
-        if any(one.windowed for one in self.all_passes) and self.window > min(height, width):
+        passes = self.used(len(self.pattern)) if passes is None else passes
+        if any(one.windowed for one in passes) and self.window > min(height, width):
             raise ValueError(
                 f"axial_config.window={self.window} is larger than the grid of {height} x {width} "
                 f"tokens: allowed are 1 to {min(height, width)}"
             )
         if self.positions == "relative" and self.span is None and grid is not None:
             size = (height, width)
-            if any(size[dim - 1] > grid[dim - 1] for one in self._far for dim in one.dims):
+            far = [one for one in passes if not one.windowed]
+            if any(size[dim - 1] > grid[dim - 1] for one in far for dim in one.dims):
                 raise ValueError(
                     f"a grid of {height} x {width} tokens exceeds the relative positions, made for "
-                    f"{grid[0]} x {grid[1]}: give axial_config.span, beyond which they are clipped"
+                    f"model.grid={list(grid)}: allowed is up to that, or any size with "
+                    "axial_config.span, beyond which distances are clipped"
                 )

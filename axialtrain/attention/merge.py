@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axialtrain.attention.axis import Prefix
+from axialtrain.attention.lines import Prefix
 from axialtrain.mesh.exchange import Exchange
 
 
@@ -30,14 +30,14 @@ def attend_everywhere(
     the sums of weights and of weighted values. One all-reduce of each.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q * q.shape[-1] ** -0.5
+    q = q.to(wide) * q.shape[-1] ** -0.5
     k, v = k.flatten(1, 2), v.flatten(1, 2)
-    logits = torch.einsum("b i n c, b t n c -> b n i t", q, k).to(wide)
+    logits = torch.einsum("b i n c, b t n c -> b n i t", q, k.to(wide))
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask.flatten(1)[:, None, None], -torch.inf)
     own = None
     if prefix is not None:
-        own = torch.einsum("b i n c, b t n c -> b n i t", q, prefix[0]).to(wide)
+        own = torch.einsum("b i n c, b t n c -> b n i t", q, prefix[0].to(wide))
 
     # A part without keys has the maximum -inf and two sums of 0.
     none = logits.new_full((*logits.shape[:3], 1), -torch.inf)
@@ -56,5 +56,5 @@ def attend_everywhere(
 
 def _sums(weights: Tensor, v: Tensor) -> Tensor:
     """[B, N, n, K + 1]: sum of weighted values, and of the weights."""
-    weighted = torch.einsum("b n i t, b t n c -> b n i c", weights.to(v.dtype), v)
-    return torch.cat((weighted.to(weights.dtype), weights.sum(-1, keepdim=True)), -1)
+    weighted = torch.einsum("b n i t, b t n c -> b n i c", weights, v.to(weights.dtype))
+    return torch.cat((weighted, weights.sum(-1, keepdim=True)), -1)

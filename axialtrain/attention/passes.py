@@ -9,12 +9,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.area import attend_all, attend_windows
-from axialtrain.attention.axis import Prefix, attend
+from axialtrain.attention.axis import attend
 from axialtrain.attention.config import AxialConfig, Pass
+from axialtrain.attention.lines import Prefix
 from axialtrain.attention.merge import attend_everywhere
 from axialtrain.attention.positions import rotate_tokens
 from axialtrain.grid import Place, Rect, cuts_windows, windows_of
-from axialtrain.mesh.exchange import Exchange, crop
+from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.per_head import PerHead
 
 
@@ -42,8 +43,9 @@ class AxialAttention(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        config.check_heads(dim, heads)
+        config.check_heads(dim, heads, passes)
         self.head_dim = dim // heads
+        self.passes = tuple(passes)
         self.positions = config.positions
         self.window = config.window
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -68,13 +70,15 @@ class AxialAttention(nn.Module):
         """x: [B, h, w, D] at which.enters(place), prefix: [B, n, D] -> the same, attended.
 
         valid: bool [B, H, W] of the whole grid; other tokens are no keys, and get zeros.
-        skip: leave out the work: zeros, through which every parameter gets a gradient of zero.
+        skip: leave out the work: two scalar zeros, to be added like any other result, through which
+            every parameter gets a gradient of zero.
         """
+        assert which in self.passes, f"made for {self.passes}, asked for {which}"
         if skip:
             return self._nothing(x)
         q, k, v = self._projected(x)
         if self.positions == "rope":
-            q, k = (rotate_tokens(y, place.rect, which.dims) for y in (q, k))
+            q, k = rotate_tokens((q, k), place.rect, which.dims)
         mine = None if valid is None else valid[:, *place.rect.slices(place.grid)]
         own: Prefix | None = None
         if prefix.shape[1]:
@@ -113,7 +117,7 @@ class AxialAttention(nn.Module):
         table = self.bias_w if dim == 2 else self.bias_h
         bias = None if table is None else self.per_head(table)
         kind, offset = self.exchange.kind, 0
-        rect = place.rect if kind == "swap" else _lines(place, dim)
+        rect = place.rect if kind == "swap" else _stretched(place.rect, place, dim)
         mask = None if valid is None else valid[:, *rect.slices(place.grid)]
         if kind == "heads":
             some = self.exchange.my_heads(q.shape[3], dim)
@@ -139,25 +143,19 @@ class AxialAttention(nn.Module):
         valid: Tensor | None,
         prefix: Prefix | None,
     ) -> Tensor:
-        keys = windows_of(place.rect, self.window, shift)
+        def wanted(own: Rect) -> Rect:
+            return windows_of(own, self.window, shift).intersect(place.grid)
+
         rows, cols = place.shape
         k, v = self._fetched(
             k,
             v,
             place,
-            lambda own: windows_of(own, self.window, shift),
+            wanted,
             rows=cuts_windows(place.height, rows, self.window, shift),
             cols=cuts_windows(place.width, cols, self.window, shift),
         )
-        inside = keys.intersect(place.grid)
-        mask = None
-        if valid is not None:
-            mask = crop(valid, place.grid, keys)
-        elif inside != keys:
-            here = torch.ones(
-                (q.shape[0], inside.height, inside.width), dtype=torch.bool, device=q.device
-            )
-            mask = crop(here, inside, keys)
+        keys = wanted(place.rect)
         return attend_windows(
             q,
             k,
@@ -165,7 +163,8 @@ class AxialAttention(nn.Module):
             place.rect,
             keys,
             self.window,
-            key_mask=mask,
+            shift,
+            key_mask=None if valid is None else valid[:, *keys.slices(place.grid)],
             bias=self._tables(),
             prefix=prefix,
         )
@@ -212,12 +211,8 @@ class AxialAttention(nn.Module):
         return zero, zero
 
 
-def _lines(place: Place, dim: int) -> Rect:
-    """The whole rows (dim 2) or columns (1) of which this rank's rectangle has a part."""
-    return _stretched(place.rect, place, dim)
-
-
 def _stretched(rect: Rect, place: Place, dim: int) -> Rect:
+    """The whole rows (dim 2) or columns (1) of which `rect` has a part."""
     if dim == 2:
         return Rect(rect.top, rect.bottom, 0, place.width)
     return Rect(0, place.height, rect.left, rect.right)
@@ -238,7 +233,7 @@ def _table(
     if span is None and all(which.windowed for which in users):
         span = config.window
     if span is None:
-        config.check_span(grid)
+        config.check_span(grid, passes)
         assert grid is not None
         span = grid[dim - 1]
     table = nn.Parameter(torch.empty(heads, 2 * span - 1))

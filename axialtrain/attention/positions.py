@@ -45,18 +45,25 @@ def rotate(x: Tensor, angles: Tensor, dim: int) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def rotate_tokens(x: Tensor, rect: Rect, dims: tuple[int, ...]) -> Tensor:
+def rotate_tokens(
+    tensors: tuple[Tensor, ...], rect: Rect, dims: tuple[int, ...]
+) -> tuple[Tensor, ...]:
     """Rotary positions of the tokens of `rect`, for attention along `dims`.
 
-    x: [B, h, w, N, K]. Along one dim all K channels turn with its coordinate; along both, the
-    first half turns with the row's and the second with the column's, as in timm.
+    tensors: [B, h, w, N, K] each. Along one dim all K channels turn with its coordinate; along
+    both, the first half turns with the row's and the second with the column's, as in timm.
     """
     spans = {1: (rect.top, rect.bottom), 2: (rect.left, rect.right)}
-    parts = [
-        rotate(part, rotary_angles(*spans[dim], part.shape[-1], device=x.device), dim)
-        for part, dim in zip(x.chunk(len(dims), -1), dims, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    width, device = tensors[0].shape[-1] // len(dims), tensors[0].device
+    angles = [rotary_angles(*spans[dim], width, device=device) for dim in dims]
+    turned = []
+    for x in tensors:
+        parts = [
+            rotate(part, angle, dim)
+            for part, angle, dim in zip(x.chunk(len(dims), -1), angles, dims, strict=True)
+        ]
+        turned.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+    return tuple(turned)
 
 
 def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:

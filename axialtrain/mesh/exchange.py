@@ -21,6 +21,8 @@ from axialtrain.grid import Layout, Messages, Place, Rect, messages
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.mesh import Group, Mesh
 
+_NOWHERE = Rect(0, 0, 0, 0)
+
 
 def redistribute(x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group) -> Tensor:
     """Move tokens from the rectangle that each rank owns to the one that it wants.
@@ -58,12 +60,17 @@ def _move(
 ) -> Tensor:
     """Send the rectangles `outgoing` of x, add the received `incoming` ones into zeros."""
     batch, rest = x.shape[0], x.shape[3:]
-    per_token = batch * rest.numel()
-    packed = torch.cat([x[:, *rect.slices(source)].reshape(-1) for rect in outgoing])
-    sizes = [rect.area * per_token for rect in incoming]
-    received = all_to_all(packed, [rect.area * per_token for rect in outgoing], sizes, group)
+    per_token, me = batch * rest.numel(), group.rank
+    others = [rect if rank != me else _NOWHERE for rank, rect in enumerate(outgoing)]
+    packed = torch.cat([x[:, *rect.slices(source)].reshape(-1) for rect in others])
+    expected = [rect if rank != me else _NOWHERE for rank, rect in enumerate(incoming)]
+    sizes = [rect.area * per_token for rect in expected]
+    received = all_to_all(packed, [rect.area * per_token for rect in others], sizes, group)
+    del packed  # it may be as large as what was received
     out = x.new_zeros(batch, target.height, target.width, *rest)
-    for rect, chunk in zip(incoming, received.split(sizes), strict=True):
+    if not incoming[me].empty:  # what stays here goes through no buffer
+        out[:, *incoming[me].slices(target)] = x[:, *outgoing[me].slices(source)]
+    for rect, chunk in zip(expected, received.split(sizes), strict=True):
         if not rect.empty:
             out[:, *rect.slices(target)] += chunk.view(batch, rect.height, rect.width, *rest)
     return out

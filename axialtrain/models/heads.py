@@ -76,18 +76,31 @@ class Classifier(nn.Module):
 
     pool: what the classes are read off. "mean" of the valid tokens; "prefix", the first prefix
     token; "attention", a learned query over the valid tokens (`AttentionPool`).
-    Raises ValueError for another pool, or "prefix" where the backbone has no prefix tokens.
+    distilled: read a second prediction off the second prefix token, as DeiT's distillation token
+    (arXiv 2012.12877); pool is "prefix" then.
+
+    Raises ValueError for another pool, or prefix tokens that the backbone does not have.
     """
 
-    def __init__(self, backbone: AxialTransformer, classes: int, pool: str = "mean") -> None:
+    def __init__(
+        self,
+        backbone: AxialTransformer,
+        classes: int,
+        pool: str = "mean",
+        *,
+        distilled: bool = False,
+    ) -> None:
         super().__init__()
         config = backbone.config
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r}: allowed are {list(POOLS)}")
-        if pool == "prefix" and not config.prefix_tokens:
+        if distilled and pool != "prefix":
+            raise ValueError(f"pool={pool!r}: allowed beside a distillation token is 'prefix'")
+        needed = (1 + distilled) if pool == "prefix" else 0
+        if config.prefix_tokens < needed:
             raise ValueError(
-                "pool='prefix' reads the first prefix token, and model.prefix_tokens=0: allowed "
-                "are numbers from 1"
+                f"the head reads {needed} prefix token(s), and model.prefix_tokens="
+                f"{config.prefix_tokens}: allowed are numbers from {needed}"
             )
         self.backbone = backbone
         self.pool = pool
@@ -95,18 +108,32 @@ class Classifier(nn.Module):
         if pool == "attention":
             self.attn_pool = AttentionPool(config.dim, config.heads, config.mlp_width)
         self.head = nn.Linear(config.dim, classes)
+        self.head_dist: nn.Linear | None = nn.Linear(config.dim, classes) if distilled else None
         self.exchange = Exchange()
 
     def forward(
-        self, pixels: Tensor, valid: Tensor | None, place: Place, chance: Chance | None = None
+        self,
+        pixels: Tensor,
+        valid: Tensor | None = None,
+        place: Place | None = None,
+        chance: Chance | None = None,
     ) -> Tensor:
-        """-> logits [B, classes], from pooled sums: no factor row x col in its loss."""
+        """-> logits [B, classes], from pooled sums: no factor row x col in its loss.
+
+        While a distilled one trains, [B, 2, classes]: those of either head; in evaluation their
+        mean, as in timm. place: that of the whole image where it is left out.
+        """
         tokens, prefix = self.backbone(pixels, valid, place, chance=chance)
         if self.attn_pool is not None:
             return self.head(self.attn_pool(tokens, valid))
-        if self.pool == "prefix":
+        if self.pool == "mean":
+            return self.head(mean_token(tokens, valid, self.exchange))
+        # The tokens' way through the last layer ends here: its own tables get zeros, not None.
+        prefix = prefix + tokens[:0].sum()
+        if self.head_dist is None:
             return self.head(prefix[:, 0])
-        return self.head(mean_token(tokens, valid, self.exchange))
+        both = torch.stack((self.head(prefix[:, 0]), self.head_dist(prefix[:, 1])), 1)
+        return both if self.training else both.mean(1)
 
 
 def mean_token(tokens: Tensor, valid: Tensor | None, exchange: Exchange) -> Tensor:
@@ -115,12 +142,13 @@ def mean_token(tokens: Tensor, valid: Tensor | None, exchange: Exchange) -> Tens
     tokens: [B, h, w, D], zeros where they are not valid. valid: bool [B, h, w], None for all.
     An image without a valid token gives zeros.
     """
+    wide = torch.promote_types(tokens.dtype, torch.float32)
     if valid is None:
-        count = tokens.new_full(tokens.shape[:1], tokens.shape[1] * tokens.shape[2])
+        count = tokens.new_full(tokens.shape[:1], tokens.shape[1] * tokens.shape[2], dtype=wide)
     else:
-        count = valid.sum((1, 2)).to(tokens.dtype)
-    total = exchange.sum(torch.cat((tokens.sum((1, 2)), count[:, None]), 1))
-    return total[:, :-1] / total[:, -1:].clamp_min(1)
+        count = valid.sum((1, 2)).to(wide)
+    total = exchange.sum(torch.cat((tokens.sum((1, 2), dtype=wide), count[:, None]), 1))
+    return (total[:, :-1] / total[:, -1:].clamp_min(1)).to(tokens.dtype)
 
 
 class AttentionPool(nn.Module):
@@ -132,7 +160,7 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_width: int) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"model.heads={heads} does not divide model.dim={dim}")
+            raise ValueError(f"heads={heads} does not divide dim={dim}: allowed are its divisors")
         self.heads = heads
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.trunc_normal_(self.latent, std=dim**-0.5)

@@ -133,7 +133,7 @@ class Layer(nn.Module):
             x, place = self.exchange(x, place, goal.layout), goal
             attn, norm = _of(self.attn, number), _of(self.norm1, number)
             out, of_prefix = attn(
-                norm(x), norm(prefix), place, which, valid, skip=number == skipped
+                norm(x), _on(norm, prefix), place, which, valid, skip=number == skipped
             )
             keep = self._kept(x, chance, number)
             x, prefix = self._added(x, out, keep), self._added(prefix, of_prefix, keep)
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         # Everything meets where the last pass is: the others' input goes out, and comes back.
         goal = self.exit(place)
         x, place = self.exchange(x, place, goal.layout), goal
-        seen, seen_prefix = self.norm1(x), self.norm1(prefix)
+        seen, seen_prefix = self.norm1(x), _on(self.norm1, prefix)
         keep = self._kept(x, chance, 0)
         for number, which in enumerate(self.passes):
             attn = _of(self.attn, number)
@@ -188,6 +188,11 @@ class Layer(nn.Module):
 def _of(module: nn.Module, number: int) -> nn.Module:
     """The module of pass `number`: its own, or the one that the passes share."""
     return module[number] if isinstance(module, nn.ModuleList) else module
+
+
+def _on(norm: nn.Module, prefix: Tensor) -> Tensor:
+    """The normed prefix; where there is none, no work, and no gathering of the norm at ZeRO 3."""
+    return norm(prefix) if prefix.shape[1] else prefix
 
 
 def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:

@@ -6,14 +6,15 @@ Source: axial attention of arXiv 1912.12180 and 2003.07853, in the layer of ViT 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
@@ -49,28 +50,30 @@ class AxialTransformerConfig:
     grid_embedding: bool = False
     qkv_bias: bool = True
     layer_scale: float | None = None
-    axial_config: AxialConfig = field(default_factory=AxialConfig)
+    axial_config: AxialConfig = field(default_factory=AxialConfig)  # or a dictionary of its keys
 
     def __post_init__(self) -> None:
-        for key in ("patch", "dim", "depth", "heads", "bands"):
-            if getattr(self, key) < 1:
-                raise ValueError(
-                    f"model.{key}={getattr(self, key)}: allowed are whole numbers from 1"
-                )
+        if isinstance(self.axial_config, Mapping):
+            self.axial_config = AxialConfig.of(self.axial_config)
+        least = dict.fromkeys(("patch", "dim", "depth", "heads", "bands"), 1)
+        for key, low in (least | {"prefix_tokens": 0}).items():
+            value = getattr(self, key)
+            if type(value) is not int or value < low:
+                raise ValueError(f"model.{key}={value!r}: allowed are whole numbers from {low}")
         if not 1 / self.dim <= self.mlp_ratio <= 1024:
             raise ValueError(
                 f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0, up to 1024, that "
                 f"make an MLP of at least one channel of model.dim={self.dim}"
             )
-        if self.prefix_tokens < 0:
+        if not isinstance(self.drop_path, int | float) or not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path={self.drop_path!r}: allowed is 0 to below 1")
+        if self.grid is not None and not (
+            isinstance(self.grid, list | tuple)
+            and len(self.grid) == 2
+            and all(type(size) is int and size >= 1 for size in self.grid)
+        ):
             raise ValueError(
-                f"model.prefix_tokens={self.prefix_tokens}: allowed are whole numbers from 0"
-            )
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path={self.drop_path}: allowed is 0 to below 1")
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ValueError(
-                f"model.grid={list(self.grid)}: allowed is [height, width] in tokens, each at "
+                f"model.grid={self.grid!r}: allowed is [height, width] in tokens, each at "
                 "least 1, or null"
             )
         if self.grid_embedding and self.grid is None:
@@ -81,8 +84,22 @@ class AxialTransformerConfig:
             raise ValueError(
                 f"model.layer_scale={self.layer_scale}: allowed are null and numbers above 0"
             )
-        self.axial_config.check_heads(self.dim, self.heads)
-        self.axial_config.check_span(self.made_for)
+        self.axial_config.check_heads(self.dim, self.heads, self.passes)
+        self.axial_config.check_span(self.made_for, self.passes)
+        unused = self.axial_config.unused_keys(self.depth)
+        if self.drop_path and self.depth == 1:
+            unused.append(f"drop_path={self.drop_path} (it grows from 0 in the first layer)")
+        if unused:
+            warnings.warn(f"model: set, and used by no layer: {', '.join(unused)}", stacklevel=3)
+
+    @property
+    def passes(self) -> frozenset[Pass]:
+        """Every pass that some layer has."""
+        return self.axial_config.used(self.depth)
+
+    def check_grid(self, height: int, width: int) -> None:
+        """Raise ValueError where an image of height x width tokens cannot be attended to."""
+        self.axial_config.check_grid(height, width, self.made_for, self.passes)
 
     @property
     def made_for(self) -> tuple[int, int] | None:
@@ -167,14 +184,15 @@ class AxialTransformer(nn.Module):
     def forward(
         self,
         pixels: Tensor,
-        valid: Tensor | None,
-        place: Place,
+        valid: Tensor | None = None,
+        place: Place | None = None,
         hidden: tuple[Tensor, Tensor] | None = None,
         chance: Chance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B, h, w, D] of this rank's tile, and the prefix [B, n, D], alike on all ranks.
 
-        pixels: [B, h * patch, w * patch, bands], zero where missing; place is under TILE.
+        pixels: [B, h * patch, w * patch, bands], zero where missing.
+        place: of this tile, under TILE; that of the whole image where it is left out.
         valid: bool [B, h, w], False where a token is padding or background, or None where every
             token of the image counts. Others are zeroed, are no keys, and come out as zeros.
         hidden: for masked modelling, (which [B, h, w], token [D]): what replaces those tokens.
@@ -184,13 +202,27 @@ class AxialTransformer(nn.Module):
         relative positions that do not reach), or training needs `chance` and has none.
         """
         attention = self.config.axial_config
-        attention.check_grid(place.height, place.width, self.config.made_for)
+        if place is None:
+            _, height, width, _ = pixels.shape
+            place = Place(height // self.config.patch, width // self.config.patch)
+        self.config.check_grid(place.height, place.width)
         if not self.training:
             chance = None
         elif chance is None and (self.config.drop_path or attention.skip_axis):
             raise ValueError(
                 "training with model.drop_path or axial_config.skip_axis needs the draws of the "
                 "step: give chance=Chance(seed, step, samples), or call eval()"
+            )
+        elif chance is not None and len(chance.samples) != pixels.shape[0]:
+            raise ValueError(
+                f"chance.samples has {len(chance.samples)} entries: allowed is one for each of the "
+                f"{pixels.shape[0]} images"
+            )
+        tile = (pixels.shape[0], place.rect.height, place.rect.width)
+        if valid is not None and (valid.dtype is not torch.bool or valid.shape != tile):
+            raise ValueError(
+                f"valid is {valid.dtype} {tuple(valid.shape)}: allowed is torch.bool {tile}, the "
+                "tokens of this tile"
             )
         x = self.patch_embed(pixels, valid)
         if hidden is not None:
