@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torchvision_ops  # noqa: F401 (lets timm be imported)
 from repository import REPOSITORY
 
 PAGES = {

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -27,6 +28,7 @@ from axialtrain.models import transformer
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import mean_token
 from axialtrain.models.layer import Layer
+from axialtrain.models.timm_weights import pack_heads, unpack_heads
 
 SUPPORTED = (
     "timm's VisionTransformer and VisionTransformerDistilled (vit_*, deit_*, deit3_*) of plain "
@@ -69,8 +71,9 @@ def axialize(
         raise ValueError(
             f"axialize: grid={grid}: allowed is (height, width) in tokens, each at least 1"
         )
-    config.check_grid(grid[0], grid[1], grid)
-    config.check_heads(model.embed_dim, model.blocks[0].attn.num_heads)
+    passes = config.used(len(model.blocks))
+    config.check_grid(grid[0], grid[1], grid, passes)
+    config.check_heads(model.embed_dim, model.blocks[0].attn.num_heads, passes)
 
     layers = [_layer(block, i, config, grid) for i, block in enumerate(model.blocks)]
     model.blocks = nn.ModuleList(layers)
@@ -151,7 +154,8 @@ class Axialized(nn.Module):
         height, width = (tokens_across(size, patch) for size in x.shape[2:])
         if place is None:
             place = Place(height, width)
-        self.axial_config.check_grid(place.height, place.width, self.axial_grid)
+        passes = self.axial_config.used(len(self.blocks))
+        self.axial_config.check_grid(place.height, place.width, self.axial_grid, passes)
         chance = self._chance(chance, x.shape[0])
         x = F.pad(x, (0, width * patch - x.shape[3], 0, height * patch - x.shape[2]))
         x = self.patch_embed(rearrange(x, "B C h w -> B h w C"), valid)
@@ -197,6 +201,18 @@ class Axialized(nn.Module):
         return given
 
 
+def pretrained(name: str, where: str) -> dict[str, Tensor]:
+    """The state_dict of timm's pretrained model `name`, from its hub or cache.
+
+    Raises ValueError, naming `where`, where there is none, or it cannot be fetched.
+    """
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{where}: cannot be had from timm's hub ({error})") from error
+    return model.state_dict()
+
+
 def axialize_state_dict(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
     """timm's weights as an axialized model has them: see `deaxialize_state_dict`."""
     return {name: _convert(name, value, heads, to_axial=True) for name, value in state.items()}
@@ -226,17 +242,8 @@ def _convert(name: str, value: Tensor, heads: int, *, to_axial: bool) -> Tensor:
     if name == "patch_embed.proj.weight" and to_axial:
         return value.flatten(1)
     if ".attn.qkv." in name:
-        return _packed(value, heads) if to_axial else _unpacked(value, heads)
+        return pack_heads(value, heads) if to_axial else unpack_heads(value, heads)
     return value
-
-
-def _packed(qkv: Tensor, heads: int) -> Tensor:
-    """[q, k, v][N][K] (timm) -> [N][q, k, v][K]."""
-    return rearrange(qkv, "(three N K) ... -> (N three K) ...", three=3, N=heads)
-
-
-def _unpacked(qkv: Tensor, heads: int) -> Tensor:
-    return rearrange(qkv, "(N three K) ... -> (three N K) ...", three=3, N=heads)
 
 
 def _config_of(given: AxialConfig | Mapping[str, Any]) -> AxialConfig:
@@ -267,7 +274,7 @@ def _layer(block: Block, index: int, config: AxialConfig, grid: tuple[int, int])
     )
     layer.to(attn.qkv.weight.device, attn.qkv.weight.dtype)
     for value in attn.qkv.parameters():
-        value.copy_(_packed(value.clone(), attn.num_heads))
+        value.copy_(pack_heads(value.clone(), attn.num_heads))
     first, *others = layer.attn if isinstance(layer.attn, nn.ModuleList) else [layer.attn]
     assert isinstance(first, AxialAttention)
     first.qkv, first.proj = attn.qkv, attn.proj

@@ -10,8 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.loader import Batch, PerBand
 from axialtrain.grid import Place
+from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import MaskedReconstructor
 from axialtrain.models.transformer import AxialTransformer, to_patches
 from axialtrain.tasks.panels import Panel, image_panel
@@ -53,9 +54,13 @@ class Reconstruction:
         self.config = config
         self.seed = seed
         self.classes: int | None = None  # it needs no labels
+        self.image_classes: int | None = None
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return MaskedReconstructor(backbone)
+
+    def prepare(self, mesh: Mesh, device: torch.device) -> None:
+        """Nothing beside the model has to be on this rank."""
 
     def inputs(self, batch: Batch) -> tuple[object, ...]:
         """What the model of `build` takes."""
@@ -80,7 +85,7 @@ class Reconstruction:
     def summary(self, scores: dict[str, Tensor]) -> dict[str, float]:
         return {}
 
-    def panels(self, output: Tensor, batch: Batch, *, mean: float, std: float) -> list[Panel]:
+    def panels(self, output: Tensor, batch: Batch, *, mean: PerBand, std: PerBand) -> list[Panel]:
         """Image, what the model saw, and its reconstruction of the hidden tokens."""
         pixels, bands = batch.pixels[0], batch.pixels.shape[-1]
         patch = _patch(output, bands)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.loader import Batch, PerBand
+from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import Segmenter
 from axialtrain.models.transformer import AxialTransformer
 from axialtrain.tasks.panels import Panel, image_panel
@@ -47,9 +48,13 @@ class Segmentation:
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
         self.classes: int | None = config.classes  # labels it needs, below this
+        self.image_classes: int | None = None  # of whole images it needs none
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return Segmenter(backbone, self.config.classes, self.config.cells)
+
+    def prepare(self, mesh: Mesh, device: torch.device) -> None:
+        """Nothing beside the model has to be on this rank."""
 
     def inputs(self, batch: Batch) -> tuple[object, ...]:
         """What the model of `build` takes."""
@@ -84,7 +89,7 @@ class Segmentation:
             "accuracy": float(hit.sum() / confusion.sum().clamp_min(1)),
         }
 
-    def panels(self, logits: Tensor, batch: Batch, *, mean: float, std: float) -> list[Panel]:
+    def panels(self, logits: Tensor, batch: Batch, *, mean: PerBand, std: PerBand) -> list[Panel]:
         """Image, truth and prediction of the first image, at the cells' resolution; what has no
         target is grey in both."""
         counts = self._counts(batch, logits)[0]

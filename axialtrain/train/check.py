@@ -6,26 +6,44 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from axialtrain.attention.config import Pass
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
+from axialtrain.data.store import BANDS
 from axialtrain.mesh.parallelize import check_divides
+from axialtrain.models.timm_weights import from_timm, matching, read_timm
 from axialtrain.models.transformer import AxialTransformer
+from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
 from axialtrain.tasks.segmentation import Segmentation, SegmentationConfig
 from axialtrain.train.config import RunConfig
 
-BANDS = 3  # what shards hold
 
-
-def task_of(config: RunConfig) -> Segmentation | Reconstruction:
+def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification:
     """The task that the group `task` chose."""
     if isinstance(config.task, SegmentationConfig):
         return Segmentation(config.task)
     if isinstance(config.task, ReconstructionConfig):
         return Reconstruction(config.task, config.seed)
-    raise ValueError(f"task={config.task!r}: allowed are task=segmentation, task=reconstruction")
+    if isinstance(config.task, ClassificationConfig):
+        return Classification(config.task)
+    raise ValueError(
+        f"task={config.task!r}: allowed are task=segmentation, task=reconstruction, "
+        "task=classification"
+    )
+
+
+def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that `init` gives to the model, and the names of those that are drawn anew.
+
+    Raises ValueError where they do not fit.
+    """
+    if config.init is None:
+        return {}, []
+    where = f"init={config.init}"
+    return matching(model, from_timm(read_timm(config.init, where), config.model, where), where)
 
 
 def data_of(config: RunConfig) -> dict[str, Shards]:
@@ -68,15 +86,29 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         raise ValueError(f"model.bands={config.model.bands}: the shards hold {BANDS} bands")
     check_divides("model.heads", config.model.heads, config.mesh.tensor)
     check_divides("the MLP width of model", config.model.mlp_width, config.mesh.tensor)
-    attention = config.model.axial_config
-    passes = {which for layer in range(config.model.depth) for which in attention.passes(layer)}
+    passes = config.model.passes
     config.mesh.check_heads(config.model.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
     task = task_of(config)
     with torch.device("meta"):
-        task.build(AxialTransformer(config.model))
+        model = task.build(AxialTransformer(config.model))
+    start_of(model, config)
+    if isinstance(task, Classification):
+        task.teacher()
     for key, shards in data_of(config).items():
+        url = getattr(config.data, key.removeprefix("data."))
+        if task.image_classes is not None:
+            if not shards.has_image_labels:
+                raise ValueError(
+                    f"{key}={url}: its images have no class, which task={config.task.name} needs: "
+                    "shard them with --image-labels"
+                )
+            if (shards.image_classes or 0) > task.image_classes:
+                raise ValueError(
+                    f"task.classes={task.image_classes}: {key}={url} has images of class "
+                    f"{(shards.image_classes or 0) - 1}; allowed are numbers from "
+                    f"{shards.image_classes}"
+                )
         if task.classes is not None:
-            url = getattr(config.data, key.removeprefix("data."))
             if not shards.has_labels:
                 raise ValueError(f"{key}={url}: has no labels, which task={config.task.name} needs")
             if (shards.classes or 0) > task.classes:
@@ -86,7 +118,7 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                 )
         for grid in loader_of(config, shards, at=(0, 0), data_rank=0).grids:
             try:
-                attention.check_grid(*grid, config.model.made_for)
+                config.model.check_grid(*grid)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
 

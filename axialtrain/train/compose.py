@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import axialtrain
+from axialtrain.models.registry import list_models, model_config
+from axialtrain.tasks.classification import ClassificationConfig
 from axialtrain.tasks.reconstruction import ReconstructionConfig
 from axialtrain.tasks.segmentation import SegmentationConfig
 from axialtrain.train.config import RunConfig
@@ -30,6 +32,9 @@ def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
     store.store(name="run_schema", node=RunConfig)
     store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
     store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
+    store.store(group="task", name="classification_schema", node=ClassificationConfig)
+    for name in list_models():  # model=NAME, beside the files of configs/model
+        store.store(group="model", name=name, node=asdict(model_config(name)))
     # Hydra takes a bare number for an integer, and a group's option must be a string.
     overrides = [re.sub(r"^zero=(\d+)$", r"zero='\1'", override) for override in overrides]
     named = {path.stem for path in (config_folder() / "mesh").glob("*.yaml")}

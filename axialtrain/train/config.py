@@ -119,11 +119,14 @@ class RunConfig:
     """One run: what `configs/` composes to. An unknown key is an error.
 
     task: a config of `axialtrain.tasks`, chosen by the group `task`.
+    init: what the model starts from: timm:NAME, pretrained from timm's hub, or a file of weights of
+        a timm ViT or DeiT; null draws them from `seed`.
     """
 
     data: DataConfig
     name: str = "run"
     seed: int = 0
+    init: str | None = None
     model: AxialTransformerConfig = field(default_factory=AxialTransformerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from axialtrain.data.loader import Batch, Loader
+from axialtrain.data.loader import Batch, Loader, PerBand
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance
@@ -30,16 +30,23 @@ PICTURE = 2048  # px, the longest side of prediction.png's panels
 
 
 class Task(Protocol):
-    """What the loop needs of a kind of label; see `axialtrain.tasks`."""
+    """What the loop needs of a kind of label; see `axialtrain.tasks`.
 
-    classes: int | None
+    The module of `build` takes `inputs`, and, while training, `chance=` (`models.chance.Chance`).
+    """
+
+    classes: int | None  # of label rasters
+    image_classes: int | None  # of labels of whole images
 
     def build(self, backbone: AxialTransformer) -> nn.Module: ...
+    def prepare(self, mesh: Mesh, device: torch.device) -> None: ...
     def inputs(self, batch: Batch) -> tuple[object, ...]: ...
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def scores(self, output: Tensor, batch: Batch) -> dict[str, Tensor]: ...
     def summary(self, scores: dict[str, Tensor]) -> dict[str, float]: ...
-    def panels(self, output: Tensor, batch: Batch, *, mean: float, std: float) -> list[Panel]: ...
+    def panels(
+        self, output: Tensor, batch: Batch, *, mean: PerBand, std: PerBand
+    ) -> list[Panel]: ...
 
 
 @dataclass
@@ -185,6 +192,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         present=batch.present.to(device),
         valid=batch.valid.to(device),
         weight=batch.weight.to(device),
+        targets=None if batch.targets is None else batch.targets.to(device),
     )
 
 

@@ -15,7 +15,7 @@ from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.models.transformer import AxialTransformer
-from axialtrain.train.check import data_of, loader_of, task_of
+from axialtrain.train.check import data_of, loader_of, start_of, task_of
 from axialtrain.train.checkpoint import save_weights
 from axialtrain.train.config import RunConfig
 from axialtrain.train.engine import Engine
@@ -71,7 +71,13 @@ def _run(
 
     task = task_of(config)
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
-    model = parallelize(task.build(AxialTransformer(config.model)), mesh, timeout=timeout)
+    model = task.build(AxialTransformer(config.model))
+    given, fresh = start_of(model, config)
+    model.load_state_dict(given, strict=False)
+    if fresh and tracker is not None:
+        print(f"init={config.init}: not in it, and so drawn anew: {', '.join(fresh)}", flush=True)
+    model = parallelize(model, mesh, timeout=timeout)
+    task.prepare(mesh, device)
     loaders = {
         key: loader_of(config, shards, at=mesh.at, data_rank=mesh.data.rank)
         for key, shards in data_of(config).items()
