@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axialtrain.grid import Layout, Place, Rect, messages, owned_rect, split, tokens_across
+from axialtrain.grid import (
+    Layout,
+    Place,
+    Rect,
+    WindowBand,
+    cuts_windows,
+    messages,
+    owned_rect,
+    split,
+    tokens_across,
+    window_bands,
+    windows_of,
+)
 
 DEGREES = st.integers(1, 5)
 COORDINATES = st.integers(-30, 30)
@@ -208,6 +220,117 @@ def test_a_place_is_a_frozen_value():
 
 def test_one_rank_holds_everything_under_every_layout():
     assert {Place(4, 7, layout).rect for layout in Layout} == {Rect(0, 4, 0, 7)}
+
+
+@st.composite
+def cuts(draw):
+    """Side of a window, and how far its cuts are shifted: by nothing, by half, by anything."""
+    size = draw(st.integers(1, 9))
+    return size, draw(st.sampled_from([0, size // 2, draw(st.integers(0, size - 1))]))
+
+
+@given(rect=rects(), cut=cuts())
+def test_windows_of_a_rectangle_are_the_windows_of_its_tokens(rect, cut):
+    """Those whose number along each axis, floor((coordinate + shift) / size), some token has."""
+    size, shift = cut
+    numbers = {((y + shift) // size, (x + shift) // size) for y, x in cells(rect)}
+    whole = windows_of(rect, size, shift)
+    expected = {
+        (i * size - shift + down, j * size - shift + right)
+        for i, j in numbers
+        for down, right in itertools.product(range(size), repeat=2)
+    }
+    assert cells(whole) == expected
+    assert whole.empty == rect.empty
+    assert windows_of(whole, size, shift) == whole
+
+
+def test_windows_by_hand():
+    assert windows_of(Rect(3, 9, 8, 10), 4, 0) == Rect(0, 12, 8, 12)
+    assert windows_of(Rect(3, 9, 8, 10), 4, 2) == Rect(2, 10, 6, 10)
+    assert windows_of(Rect(0, 1, 0, 13), 4, 2) == Rect(-2, 2, -2, 14)  # reaches outside the image
+    assert windows_of(Rect(5, 5, 2, 9), 4, 2) == Rect(0, 0, 0, 0)
+
+
+@given(case=grids_on_meshes(), cut=cuts())
+def test_tiles_fetch_from_each_other_only_where_windows_are_cut(case, cut):
+    (height, width), shape = case
+    for at in coordinates(shape):
+        place = Place(height, width, Layout.TILE, shape, at)
+        inside = windows_of(place.rect, *cut).intersect(place.grid)
+        if not cuts_windows(height, shape[0], *cut):
+            assert (inside.top, inside.bottom) == (place.rect.top, place.rect.bottom)
+        if not cuts_windows(width, shape[1], *cut):
+            assert (inside.left, inside.right) == (place.rect.left, place.rect.right)
+
+
+@given(parts=DEGREES, extra=st.integers(0, 30), cut=cuts())
+def test_a_split_cuts_windows_where_two_parts_have_tokens_of_one(parts, extra, cut):
+    length, (size, shift) = parts + extra, cut
+    numbers = [
+        {(at + shift) // size for at in range(*split(length, parts, index))}
+        for index in range(parts)
+    ]
+    shared = any(a & b for a, b in itertools.pairwise(numbers))
+    assert cuts_windows(length, parts, size, shift) == shared
+
+
+def test_one_part_cuts_no_window():
+    assert not cuts_windows(13, 1, 4, 2)
+    assert not cuts_windows(16, 2, 8, 0)
+    assert cuts_windows(16, 2, 8, 4)
+    assert cuts_windows(18, 2, 8, 0)
+
+
+@st.composite
+def queries_in_windows(draw):
+    """(start, stop) of queries, that of the image's tokens in their windows, and the cut."""
+    size, shift = draw(cuts())
+    length = draw(st.integers(1, 30))
+    start = draw(st.integers(0, length - 1))
+    stop = draw(st.integers(start + 1, length))
+    numbers = {(at + shift) // size for at in range(start, stop)}
+    keys = [at for at in range(length) if (at + shift) // size in numbers]
+    return (start, stop), (keys[0], keys[-1] + 1), (size, shift)
+
+
+@given(case=queries_in_windows())
+def test_bands_of_windows_hold_each_query_once_and_the_keys_of_its_window(case):
+    (start, stop), (first, last), (size, shift) = case
+    bands = window_bands((start, stop), (first, last), size, shift)
+    asked = {}  # by each query: the tokens of its window
+    for band in bands:
+        assert band.start == start + len(asked)  # in order, nothing left out
+        queries, keys = band.queries // band.windows, band.keys // band.windows
+        assert (band.windows * queries, band.windows * keys) == (band.queries, band.keys)
+        for window, query in itertools.product(range(band.windows), range(queries)):
+            begin = band.first + window * keys
+            asked[band.start + window * queries + query] = list(range(begin, begin + keys))
+    assert asked == {
+        at: [key for key in range(first, last) if (key + shift) // size == (at + shift) // size]
+        for at in range(start, stop)
+    }
+    # Keys are cut into those of the bands, one after the other.
+    assert bands[0].first == first
+    assert sum(band.keys for band in bands) == last - first
+    assert len(bands) <= 3
+
+
+def test_bands_by_hand():
+    assert window_bands((2, 13), (0, 14), 4, 0) == [
+        WindowBand(windows=1, queries=2, keys=4, start=2, first=0),
+        WindowBand(windows=2, queries=8, keys=8, start=4, first=4),
+        WindowBand(windows=1, queries=1, keys=2, start=12, first=12),  # the image ends at 14
+    ]
+    assert window_bands((5, 6), (4, 8), 4, 0) == [WindowBand(1, 1, 4, 5, 4)]
+
+
+@given(case=grids_on_meshes(), layout=st.sampled_from(Layout))
+def test_the_grid_of_a_place_is_all_that_its_ranks_hold(case, layout):
+    (height, width), shape = case
+    places = [Place(height, width, layout, shape, at) for at in coordinates(shape)]
+    assert {place.grid for place in places} == {Rect(0, height, 0, width)}
+    assert set().union(*(cells(place.rect) for place in places)) == cells(places[0].grid)
 
 
 def test_the_grid_imports_no_torch():

@@ -165,8 +165,10 @@ def _with_bias(
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)  # as fused kernels keep their logits
     logits = torch.einsum("b x q n k, b x s n k -> b x n q s", q.to(wide) * scale, k.to(wide))
-    added = bias()
-    logits[..., logits.shape[-1] - added.shape[-1] :] += added.to(wide)
+    added = bias().to(wide)
+    if missing := logits.shape[-1] - added.shape[-1]:  # keys of the prefix have none
+        added = F.pad(added, (missing, 0))
+    logits = logits + added
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None, None], -torch.inf)
     return torch.einsum("b x n q s, b x s n k -> b x q n k", logits.softmax(-1).to(v.dtype), v)

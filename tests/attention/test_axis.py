@@ -1,10 +1,12 @@
-"""`attend` against its formula; a line sees itself alone; masks, empty parts, and no copies."""
+"""`attend` against its formula: masks, prefix keys, parts of lines, empty parts, and no copies."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from formulas import assert_agree, formula, line, triple
 from torch import Tensor
 
 from axialtrain.attention.axis import attend
@@ -13,9 +15,8 @@ SHAPE = (2, 3, 5, 2, 4)  # B, H, W, N, K
 DIMS = [pytest.param(2, id="rows"), pytest.param(1, id="columns")]
 
 
-def tokens(shape=SHAPE, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+def tokens(shape=SHAPE) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.detach() for x in triple(*shape))
     return q, k, v
 
 
@@ -27,46 +28,21 @@ def some_keys(shape=SHAPE) -> Tensor:
     return mask
 
 
-def formula(
-    q: Tensor, k: Tensor, v: Tensor, dim: int, mask: Tensor | None = None, scale=None
-) -> Tensor:
-    """softmax(q k^T scale) v, one line and one head at a time."""
-    if dim == 1:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = None if mask is None else mask.transpose(1, 2)
-    images, lines, length, heads, width = q.shape
-    out = torch.zeros_like(q)
-    for b in range(images):
-        for line in range(lines):
-            keys = torch.arange(length) if mask is None else mask[b, line].nonzero()[:, 0]
-            for n in range(heads):
-                if len(keys):
-                    scores = q[b, line, :, n] @ k[b, line, keys, n].T
-                    weights = (scores * (scale or width**-0.5)).exp()
-                    weights = weights / weights.sum(1, keepdim=True)
-                    out[b, line, :, n] = weights @ v[b, line, keys, n]
-    return out.transpose(1, 2) if dim == 1 else out
-
-
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("shape", [SHAPE, (2, 5, 3, 2, 4), (1, 1, 4, 1, 2), (3, 4, 1, 3, 2)])
 def test_the_formula_and_its_gradients(shape, masked, dim):
-    q, k, v = (x.requires_grad_() for x in tokens(shape))
+    q, k, v = triple(*shape)
     mask = some_keys(shape) if masked else None
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
-    got, want = attend(q, k, v, dim, key_mask=mask), formula(q, k, v, dim, mask)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad((got * weight).sum(), (q, k, v))
-    expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    got, want = attend(q, k, v, dim, key_mask=mask), formula(q, k, v, line(dim), mask=mask)
+    assert_agree(got, want, q, k, v)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_scale(dim):
-    q, k, v = tokens()
-    torch.testing.assert_close(attend(q, k, v, dim, scale=0.3), formula(q, k, v, dim, scale=0.3))
+    q, k, v = triple(*SHAPE)
+    want = formula(q, k, v, line(dim), scale=0.3)
+    assert_agree(attend(q, k, v, dim, scale=0.3), want, q, k, v)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -83,15 +59,15 @@ def test_a_line_without_keys_gives_zeros_and_zero_gradients(dim):
     mask = torch.ones(SHAPE[:3], dtype=torch.bool)
     row, column = (1, 2), (1, slice(None), 2)
     mask[row] = mask[column] = False  # of these two, only the attended one gives zeros
-    line, across = (row, column) if dim == 2 else (column, row)
+    mine, across = (row, column) if dim == 2 else (column, row)
     out = attend(q, k, v, dim, key_mask=mask)
-    torch.testing.assert_close(out, formula(q, k, v, dim, mask))
-    assert not out[line].any()
+    torch.testing.assert_close(out, formula(q, k, v, line(dim), mask=mask))
+    assert not out[mine].any()
     assert out[across].any()
     out.square().sum().backward()
     for x in (q, k, v):
         assert x.grad.isfinite().all()
-        assert not x.grad[line].any()
+        assert not x.grad[mine].any()
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -189,3 +165,74 @@ def test_the_folds_are_views(monkeypatch, packed, dim):
 def test_only_the_two_axes_of_the_image_are_dims():
     with pytest.raises(ValueError, match=r"dim=3: allowed are 1 \(columns\) and 2 \(rows\)"):
         attend(*tokens(), 3)
+
+
+def prefix_of(shape=SHAPE, length=3) -> tuple[Tensor, Tensor]:
+    images, _, _, heads, channels = shape
+    _, k, v = triple(images, length, heads, channels, seed=1)
+    return k, v
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_a_prefix_joins_every_line(masked, dim):
+    q, k, v = triple(*SHAPE)
+    prefix = prefix_of()
+    mask = some_keys() if masked else None
+    got = attend(q, k, v, dim, key_mask=mask, prefix=prefix)
+    want = formula(q, k, v, line(dim), mask=mask, prefix=prefix)
+    assert_agree(got, want, q, k, v, *prefix)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_line_without_keys_attends_to_the_prefix_alone(dim):
+    q, k, v = triple(*SHAPE)
+    prefix = prefix_of()
+    mask = torch.zeros(SHAPE[:3], dtype=torch.bool)
+    got = attend(q, k, v, dim, key_mask=mask, prefix=prefix)
+    assert_agree(got, formula(q, k, v, line(dim), mask=mask, prefix=prefix), q, k, v, *prefix)
+    assert got.abs().amin() > 0
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_queries_that_are_a_part_of_the_line_get_their_part_of_the_whole(masked, dim):
+    q, k, v = triple(*SHAPE)
+    prefix = prefix_of()
+    mask = some_keys() if masked else None
+    part = attend(q.narrow(dim, 1, 2), k, v, dim, key_mask=mask, offset=1, prefix=prefix)
+    whole = attend(q, k, v, dim, key_mask=mask, prefix=prefix)
+    assert_agree(part, whole.narrow(dim, 1, 2), q, k, v, *prefix)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5, 2, 4), (2, 3, 0, 2, 4)], ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_an_empty_part_gives_the_prefix_a_gradient_of_zero(shape, dim):
+    q, k, v = triple(*shape)
+    prefix = prefix_of()
+    out = attend(q, k, v, dim, prefix=prefix)
+    assert out.shape == shape
+    for x, grad in zip(prefix, torch.autograd.grad(out.sum(), prefix), strict=True):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+def test_tied_row_attention_is_attention_with_the_rows_folded_into_the_head_width():
+    """MSA Transformer, section 3: logits summed over the R rows, scaled by (K R)^-1/2."""
+    images, rows, length, heads, channels = SHAPE
+    q, k, v = triple(*SHAPE)
+
+    def folded(x: Tensor) -> Tensor:  # [B, R, L, N, K] -> [B, 1, L, N, R K]
+        return rearrange(x, "B R L N K -> B 1 L N (R K)")
+
+    got = rearrange(
+        attend(folded(q), folded(k), folded(v), 2), "B 1 L N (R K) -> B R L N K", R=rows
+    )
+    logits = torch.zeros(images, heads, length, length, dtype=q.dtype)
+    for row in range(rows):
+        logits = logits + torch.einsum("bink, bjnk -> bnij", q[:, row], k[:, row])
+    weights = (logits / (channels * rows) ** 0.5).softmax(-1)
+    want = torch.stack(
+        [torch.einsum("bnij, bjnk -> bink", weights, v[:, row]) for row in range(rows)], 1
+    )
+    assert_agree(got, want, q, k, v)
