@@ -123,7 +123,7 @@ class GridEmbedding(nn.Module):
 
     def forward(self, x: Tensor, place: Place, valid: Tensor | None) -> Tensor:
         """x: [B, h, w, D] under `place`, valid: [B, H, W] of the whole grid -> [B, h, w, D]."""
-        return x + resampled(self.table, place, extents(place, valid, x)).to(x.dtype)
+        return x + resampled(self.table, place, extents(place, valid, x))
 
 
 def extents(place: Place, valid: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,17 +138,23 @@ def extents(place: Place, valid: Tensor | None, x: Tensor) -> tuple[Tensor, Tens
 
 
 def resampled(table: Tensor, place: Place, sizes: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, h, w, D]: the table [H0, W0, D] resampled to each image's size, at this rank's tokens."""
-    rect, dtype = place.rect, torch.promote_types(table.dtype, torch.float32)
+    """[B, h, w, D]: the table [H0, W0, D] resampled to each image's size, at this rank's tokens.
+
+    In the table's dtype, under autocast too: it is added to the residual stream.
+    """
+    rect, wide = place.rect, torch.promote_types(table.dtype, torch.float32)
     done: dict[tuple[int, int], Tensor] = {}
     pairs = list(zip(*(one.tolist() for one in sizes), strict=True))
-    for size in pairs:
-        if size not in done:
-            rows = _bicubic(table.shape[0], size[0], rect.top, rect.bottom, table.device)
-            cols = _bicubic(table.shape[1], size[1], rect.left, rect.right, table.device)
-            done[size] = torch.einsum(
-                "hi,ijd,wj->hwd", rows.to(dtype), table.to(dtype), cols.to(dtype)
-            )
+    with torch.autocast(table.device.type, enabled=False):
+        for size in pairs:
+            if size not in done:
+                rows = _bicubic(table.shape[0], size[0], rect.top, rect.bottom, table.device)
+                cols = _bicubic(table.shape[1], size[1], rect.left, rect.right, table.device)
+                done[size] = torch.einsum(
+                    "hi,ijd,wj->hwd", rows.to(wide), table.to(wide), cols.to(wide)
+                ).to(table.dtype)
+    if len(done) == 1:  # one table for all images, not a copy for each
+        return done[pairs[0]].expand(len(pairs), -1, -1, -1)
     return torch.stack([done[size] for size in pairs])
 
 

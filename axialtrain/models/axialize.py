@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Attention, DropPath, PatchEmbed
+from timm.layers import GELU, Attention, DropPath, LayerScale, PatchEmbed
 from timm.layers import Mlp as TimmMlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from axialtrain.attention.config import AxialConfig
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.attention.positions import extents, resampled
-from axialtrain.grid import Layout, Place, tokens_across
+from axialtrain.grid import Place, tokens_across
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models import transformer
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import mean_token
 from axialtrain.models.layer import Layer
-from axialtrain.models.timm_weights import pack_heads, unpack_heads
+from axialtrain.models.timm_weights import HEAD_DIM, pack_heads, unpack_heads
 
+POOLS = ("token", "avg")
+_REFUSED = "is not supported by an axialized model"
 SUPPORTED = (
     "timm's VisionTransformer and VisionTransformerDistilled (vit_*, deit_*, deit3_*) of plain "
     "blocks: layer norms, GELU-like MLPs, no norm on queries and keys, no dropout, "
@@ -67,7 +69,11 @@ def axialize(
     made_for = (int(rows), int(cols))
     if grid is None:
         grid = made_for
-    elif len(grid) != 2 or any(type(size) is not int or size < 1 for size in grid):
+    elif (
+        not isinstance(grid, tuple | list)
+        or len(grid) != 2
+        or any(type(size) is not int or size < 1 for size in grid)
+    ):
         raise ValueError(
             f"axialize: grid={grid}: allowed is (height, width) in tokens, each at least 1"
         )
@@ -75,25 +81,41 @@ def axialize(
     config.check_grid(grid[0], grid[1], grid, passes)
     config.check_heads(model.embed_dim, model.blocks[0].attn.num_heads, passes)
 
+    # All that can fail comes first; then the model changes.
+    packed = [
+        [pack_heads(value.detach(), block.attn.num_heads) for value in block.attn.qkv.parameters()]
+        for block in model.blocks
+    ]
     layers = [_layer(block, i, config, grid) for i, block in enumerate(model.blocks)]
-    model.blocks = nn.ModuleList(layers)
-    model.axial_patch = model.patch_embed.patch_size[0]
+    embed = _patch_embed(model.patch_embed)
+    for block, values in zip(model.blocks, packed, strict=True):
+        for parameter, value in zip(block.attn.qkv.parameters(), values, strict=True):
+            parameter.data, parameter.grad = value, None
+    weight = model.patch_embed.proj.weight
+    weight.data, weight.grad = weight.data.flatten(1), None
+    for layer, block in zip(layers, model.blocks, strict=True):
+        _adopt(layer, block)
     model.embedded_grid = made_for
-    model.axial_grid = grid
+    model.axial_grid = (grid[0], grid[1])
     model.axial_config = config
-    model.patch_embed = _patch_embed(model.patch_embed)
+    model.axial_heads = model.blocks[0].attn.num_heads
+    model.blocks = nn.ModuleList(layers)
+    model.patch_embed = embed
     model.exchange = Exchange()
-    kind = type(model)
-    model.__class__ = type(f"Axial{kind.__name__}", (Axialized, kind), {})
+    distilled = isinstance(model, VisionTransformerDistilled)
+    model.__class__ = AxialVisionTransformerDistilled if distilled else AxialVisionTransformer
     return model
 
 
 class Axialized(nn.Module):
-    """What an axialized model does in place of timm's methods; mixed in before its class."""
+    """What an axialized model does in place of timm's methods; mixed in before its class.
+
+    Methods of timm that walk through blocks by themselves are refused.
+    """
 
     axial_config: AxialConfig
     axial_grid: tuple[int, int]  # that of relative tables
-    axial_patch: int
+    axial_heads: int
     embedded_grid: tuple[int, int]  # that of pos_embed
     exchange: Exchange
     blocks: nn.ModuleList  # of Layer
@@ -108,6 +130,7 @@ class Axialized(nn.Module):
     no_embed_class: bool
     num_prefix_tokens: int
     global_pool: str
+    grad_checkpointing: bool
     forward_head: Callable[[Tensor], Tensor]
 
     def forward(
@@ -126,7 +149,8 @@ class Axialized(nn.Module):
         """
         tokens, prefix = self.forward_tokens(x, valid, place, chance)
         if isinstance(self, VisionTransformerDistilled) or self.global_pool == "token":
-            return self.forward_head(prefix)
+            # The tokens' way through the last layer ends here: its own tables get zeros, not None.
+            return self.forward_head(prefix + tokens[:0].sum())
         # timm pools what it is given, after the prefix: one token is its own mean.
         mean = mean_token(tokens, valid, self.exchange)
         return self.forward_head(torch.cat((prefix, mean[:, None]), 1))
@@ -150,25 +174,58 @@ class Axialized(nn.Module):
         chance: Chance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normed tokens [B, h, w, D] of this rank's tile, zeros where invalid, and the prefix."""
-        patch = self.axial_patch
+        patch = self.patch_embed.patch
         height, width = (tokens_across(size, patch) for size in x.shape[2:])
         if place is None:
             place = Place(height, width)
         passes = self.axial_config.used(len(self.blocks))
         self.axial_config.check_grid(place.height, place.width, self.axial_grid, passes)
-        chance = self._chance(chance, x.shape[0])
+        draws = self.training and any(one.drop_path or one.skip_axis for one in self.blocks)
+        if not draws:
+            chance = None
+        elif chance is None and self.exchange.mesh is None:
+            chance = Chance(int(torch.randint(2**62, ())), 0, tuple(range(x.shape[0])))
+        transformer.check_inputs(x.shape[0], place, valid, chance, draws=draws)
         x = F.pad(x, (0, width * patch - x.shape[3], 0, height * patch - x.shape[2]))
         x = self.patch_embed(rearrange(x, "B C h w -> B h w C"), valid)
         whole = None if valid is None else self.exchange.everywhere(valid, place)
         x, prefix = self._positioned(x, place, whole)
-        x, prefix = self.norm_pre(x), self.norm_pre(prefix)
-        if valid is not None:
-            x = torch.where(valid[..., None], x, 0.0)
-        x, prefix, place = transformer.run_layers(self.blocks, x, prefix, place, whole, chance)
-        x = self.exchange(self.norm(x), place, Layout.TILE)
-        if valid is not None:
-            x = torch.where(valid[..., None], x, 0.0)
-        return x, self.norm(prefix)
+        return transformer.encode(
+            self.blocks,
+            self.norm,
+            self.exchange,
+            self.norm_pre(x),
+            self.norm_pre(prefix),
+            place,
+            valid,
+            whole,
+            chance,
+            recompute=self.grad_checkpointing and self.training,
+        )
+
+    def timm_state_dict(self) -> dict[str, Tensor]:
+        """The weights as timm loads them: see `deaxialize_state_dict`."""
+        return deaxialize_state_dict(
+            self.state_dict(), heads=self.axial_heads, patch=self.patch_embed.patch
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's, for the pools that work over a mesh."""
+        if global_pool not in (None, *POOLS):
+            raise ValueError(f"global_pool={global_pool!r}: allowed are {', '.join(POOLS)}")
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc]
+
+    def forward_intermediates(self, *args: Any, **options: Any) -> Any:
+        raise ValueError(f"forward_intermediates: {_REFUSED}")
+
+    def get_intermediate_layers(self, *args: Any, **options: Any) -> Any:
+        raise ValueError(f"get_intermediate_layers: {_REFUSED}")
+
+    def prune_intermediate_layers(self, *args: Any, **options: Any) -> Any:
+        raise ValueError(f"prune_intermediate_layers: {_REFUSED}")
+
+    def set_input_size(self, *args: Any, **options: Any) -> None:
+        raise ValueError(f"set_input_size: {_REFUSED}; it takes images of any size")
 
     def _positioned(self, x: Tensor, place: Place, whole: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and prefix with the position embedding added."""
@@ -182,34 +239,43 @@ class Axialized(nn.Module):
         if self.pos_embed is not None:
             count = 0 if self.no_embed_class else self.num_prefix_tokens
             table = self.pos_embed[0, count:].unflatten(0, self.embedded_grid)
-            x = x + resampled(table, place, extents(place, whole, x)).to(x.dtype)
+            x = x + resampled(table, place, extents(place, whole, x))
             if count:
                 prefix = prefix + self.pos_embed[:, :count]
         return x, prefix.to(x.dtype).expand(x.shape[0], -1, -1)
 
-    def _chance(self, given: Chance | None, images: int) -> Chance | None:
-        drawn = any(layer.drop_path or layer.skip_axis for layer in self.blocks)
-        if not self.training or not drawn:
-            return None
-        if given is None and self.exchange.mesh is None:
-            return Chance(int(torch.randint(2**62, ())), 0, tuple(range(images)))
-        if given is None:
-            raise ValueError(
-                "training with drop-path or skip_axis on a mesh needs the draws of the step: give "
-                "chance=Chance(seed, step, samples), or call eval()"
-            )
-        return given
+
+class AxialVisionTransformer(Axialized, VisionTransformer):
+    """A `VisionTransformer` after `axialize`."""
+
+
+class AxialVisionTransformerDistilled(Axialized, VisionTransformerDistilled):
+    """A `VisionTransformerDistilled` after `axialize`."""
 
 
 def pretrained(name: str, where: str) -> dict[str, Tensor]:
     """The state_dict of timm's pretrained model `name`, from its hub or cache.
 
-    Raises ValueError, naming `where`, where there is none, or it cannot be fetched.
+    Raises ValueError, naming `where`, where there is none, it cannot be fetched, or it does
+    something that its weights do not tell.
     """
     try:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{where}: cannot be had from timm's hub ({error})") from error
+    try:
+        _check_model(model)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    standard = {
+        "heads of 64 channels": model.embed_dim == HEAD_DIM * model.blocks[0].attn.num_heads,
+        "GELU": all(type(block.mlp.act) in (nn.GELU, GELU) for block in model.blocks),
+        "norms with eps=1e-6": model.norm.eps == 1e-6 if _is_norm(model.norm) else True,
+        "class token pooling": model.global_pool == "token",
+    }
+    for what, found in standard.items():
+        if not found:
+            raise ValueError(f"{where}: is no standard ViT or DeiT: allowed are those with {what}")
     return model.state_dict()
 
 
@@ -224,9 +290,22 @@ def deaxialize_state_dict(
     """Weights of an axialized model as timm loads them; there and back they are bit-equal.
 
     QKV is packed [q, k, v][N][K] again, and the patch projection is a convolution's. heads: N.
-    patch: side of a patch in pixels.
-    Raises ValueError for what timm has no place for: relative tables, separate projections.
+    patch: side of a patch in pixels. (A model knows both: `Axialized.timm_state_dict`.)
+    Raises ValueError for what timm has no place for: relative tables, separate projections; and
+    where heads or patch cannot be those of these weights.
     """
+    flat = state.get("patch_embed.proj.weight")
+    if flat is None or flat.ndim != 2:
+        raise ValueError("deaxialize_state_dict: these are no weights of an axialized model")
+    if patch < 1 or flat.shape[1] % patch**2:
+        raise ValueError(
+            f"deaxialize_state_dict: patch={patch}: a patch has {flat.shape[1]} values, allowed is "
+            "a side whose square divides them"
+        )
+    if heads < 1 or flat.shape[0] % heads:
+        raise ValueError(
+            f"deaxialize_state_dict: heads={heads} does not divide the width {flat.shape[0]}"
+        )
     for name in state:
         if name.endswith((".bias_h", ".bias_w")):
             raise ValueError(f"{name}: a timm model has no relative tables")
@@ -249,6 +328,8 @@ def _convert(name: str, value: Tensor, heads: int, *, to_axial: bool) -> Tensor:
 def _config_of(given: AxialConfig | Mapping[str, Any]) -> AxialConfig:
     config = given
     if not isinstance(config, AxialConfig):
+        if not isinstance(config, Mapping):
+            raise ValueError(f"axialize: axial_config={config!r}: allowed is a dictionary")
         config = AxialConfig.of({"positions": "none", **config})
     if config.positions == "axial":
         raise ValueError(
@@ -258,23 +339,26 @@ def _config_of(given: AxialConfig | Mapping[str, Any]) -> AxialConfig:
     return config
 
 
-@torch.no_grad()
 def _layer(block: Block, index: int, config: AxialConfig, grid: tuple[int, int]) -> Layer:
-    """Our layer with the block's own modules and parameters."""
+    """Our layer in the size of the block; `_adopt` gives it the block's modules."""
     attn, path = block.attn, block.drop_path1
-    layer = Layer(
-        attn.qkv.in_features,
-        attn.num_heads,
-        block.mlp.fc1.out_features,
-        config,
-        index=index,
-        drop_path=float(path.drop_prob or 0.0) if isinstance(path, DropPath) else 0.0,
-        grid=grid,
-        qkv_bias=attn.qkv.bias is not None,
-    )
-    layer.to(attn.qkv.weight.device, attn.qkv.weight.dtype)
-    for value in attn.qkv.parameters():
-        value.copy_(pack_heads(value.clone(), attn.num_heads))
+    with torch.random.fork_rng(devices=[]):  # what it draws is thrown away
+        layer = Layer(
+            attn.qkv.in_features,
+            attn.num_heads,
+            block.mlp.fc1.out_features,
+            config,
+            index=index,
+            drop_path=float(path.drop_prob or 0.0) if isinstance(path, DropPath) else 0.0,
+            grid=grid,
+            qkv_bias=attn.qkv.bias is not None,
+        )
+    return layer.to(attn.qkv.weight.device, attn.qkv.weight.dtype).train(block.training)
+
+
+def _adopt(layer: Layer, block: Block) -> None:
+    """The block's own modules and parameters; passes with their own projections get copies."""
+    attn = block.attn
     first, *others = layer.attn if isinstance(layer.attn, nn.ModuleList) else [layer.attn]
     assert isinstance(first, AxialAttention)
     first.qkv, first.proj = attn.qkv, attn.proj
@@ -286,18 +370,15 @@ def _layer(block: Block, index: int, config: AxialConfig, grid: tuple[int, int])
     else:
         layer.norm1 = block.norm1
     layer.norm2, layer.mlp, layer.ls1, layer.ls2 = block.norm2, block.mlp, block.ls1, block.ls2
-    return layer.train(block.training)
 
 
-@torch.no_grad()
 def _patch_embed(theirs: PatchEmbed) -> transformer.PatchEmbed:
     """Our projection of flattened patches, with the convolution's parameters."""
-    ours = transformer.PatchEmbed(theirs.patch_size[0], theirs.proj.in_channels, 1)
-    ours.proj = nn.Linear(1, 1, bias=False)
-    theirs.proj.weight.data = theirs.proj.weight.data.flatten(1)
-    ours.proj.weight = theirs.proj.weight
+    weight = theirs.proj.weight
+    with torch.random.fork_rng(devices=[]):
+        ours = transformer.PatchEmbed(theirs.patch_size[0], weight.shape[1], weight.shape[0])
+    ours.proj.weight = weight
     ours.proj.register_parameter("bias", theirs.proj.bias)
-    ours.proj.out_features, ours.proj.in_features = theirs.proj.weight.shape
     return ours.train(theirs.training)
 
 
@@ -316,7 +397,13 @@ def _check_model(model: nn.Module) -> None:
         "patch_drop": _is_identity(model.patch_drop),
         "norm_pre": _is_norm(model.norm_pre),
         "norm": _is_norm(model.norm),
-        "global_pool": model.global_pool in ("token", "avg"),
+        "head_drop": model.head_drop.p == 0,
+        "img_size (no multiple of the patch)": all(
+            size % patch == 0
+            for size, patch in zip(embed.img_size or (), embed.patch_size, strict=False)
+        ),
+        "blocks (one of them twice)": len(set(model.blocks)) == len(model.blocks),
+        "global_pool": model.global_pool in POOLS,
         "pool_include_prefix": not model.pool_include_prefix,
     }
     for number, block in enumerate(model.blocks):
@@ -329,6 +416,7 @@ def _check_model(model: nn.Module) -> None:
             type(attn) is Attention
             and attn.gate is None
             and attn.attn_dim == attn.qkv.in_features
+            and attn.num_heads == model.blocks[0].attn.num_heads
             and all(_is_identity(norm) for norm in (attn.q_norm, attn.k_norm, attn.norm))
             and attn.attn_drop.p == attn.proj_drop.p == 0
         )
@@ -338,6 +426,14 @@ def _check_model(model: nn.Module) -> None:
             and isinstance(mlp.fc1, nn.Linear)
             and mlp.drop1.p == mlp.drop2.p == 0
         )
+        for scale in ("ls1", "ls2"):
+            plain[f"{where}.{scale}"] = type(getattr(block, scale)) in (nn.Identity, LayerScale)
+        paths = [
+            float(path.drop_prob or 0.0) if type(path) is DropPath else 0.0
+            for path in (block.drop_path1, block.drop_path2)
+            if type(path) in (nn.Identity, DropPath)
+        ]
+        plain[f"{where}.drop_path1, drop_path2"] = len(paths) == 2 and paths[0] == paths[1]
         plain[f"{where}.norm1"] = isinstance(block.norm1, nn.LayerNorm)
         plain[f"{where}.norm2"] = isinstance(block.norm2, nn.LayerNorm)
     for what, known in plain.items():

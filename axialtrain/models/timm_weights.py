@@ -5,6 +5,7 @@ Knows timm's names and shapes, not timm.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,16 +22,20 @@ from axialtrain.models.transformer import AxialTransformerConfig
 
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in their order in the sequence
 HEADS = ("head", "head_dist")
+_KINDS = ("weight", "bias")
 # What unpickling makes of a damaged file.
 _DAMAGED = (ValueError, EOFError, LookupError, AttributeError, TypeError)
-HEAD_DIM = 64  # of every standard ViT and DeiT; the weights do not tell
+# Weights do not tell how wide heads are: 64 channels in every ViT and DeiT from tiny to large;
+# larger ones (huge, giant) have others.
+HEAD_DIM, WIDEST = 64, 1024
 
 
 def read_timm(source: str, where: str) -> dict[str, Tensor]:
     """The state_dict at `source`: "timm:NAME", pretrained from timm's hub, or a file.
 
     A file is safetensors, or what torch.save wrote (then read without running code in it), with
-    the state_dict itself or, as DeiT's releases have it, under "model".
+    the state_dict itself or, as DeiT's releases and timm's checkpoints have it, under "model",
+    "state_dict_ema" or "state_dict", "module." before its names.
     Raises ValueError, naming `where` (the key that has the source), for what cannot be read.
     """
     if source.startswith("timm:"):
@@ -47,12 +52,19 @@ def read_timm(source: str, where: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, *_DAMAGED) as error:
-        raise ValueError(f"{where}: is no file of plain weights ({error})") from error
-    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
-        state = state["model"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        # Not torch's own words: they advise to read it with code and all.
+        raise ValueError(
+            f"{where}: is no file of plain weights ({type(error).__name__}): allowed are "
+            "safetensors, and tensors that torch.save wrote"
+        ) from error
+    for key in ("model", "state_dict_ema", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{where}: holds no state_dict (names and tensors)")
-    return dict(state)
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def config_of(state: Mapping[str, Tensor], where: str) -> AxialTransformerConfig:
@@ -60,27 +72,47 @@ def config_of(state: Mapping[str, Tensor], where: str) -> AxialTransformerConfig
 
     Raises ValueError, naming `where`, for weights of another family.
     """
-    _check_family(state, where)
-    weight = state["patch_embed.proj.weight"]
+    weight = state.get("patch_embed.proj.weight")
+    if weight is None or weight.ndim != 4:
+        found = "no" if weight is None else f"{tuple(weight.shape)} for"
+        raise _foreign(where, f"{found} patch_embed.proj.weight [D, bands, patch, patch]")
     dim, bands, patch, _ = weight.shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    prefix = sum(state[name].shape[1] for name in PREFIX if name in state)
-    side = round((state["pos_embed"].shape[1] - prefix) ** 0.5)
-    scale = state.get("blocks.0.ls1.gamma")
-    return AxialTransformerConfig(
+    if dim < HEAD_DIM or dim % HEAD_DIM or dim > WIDEST:
+        raise _foreign(where, f"width {dim}, which is no multiple of {HEAD_DIM} up to {WIDEST}")
+    layers = {name.split(".")[1] for name in state if re.match(r"blocks\.\d+\.", name)}
+    first = state.get("blocks.0.mlp.fc1.weight")
+    if first is None or first.ndim != 2:
+        raise _foreign(where, "no blocks.0.mlp.fc1.weight [width, D]")
+    prefix = 0
+    for name in PREFIX:
+        if name in state:
+            if state[name].ndim != 3:
+                raise _foreign(where, f"{name} of {tuple(state[name].shape)}")
+            prefix += state[name].shape[1]
+    positions = state.get("pos_embed")
+    places = -1 if positions is None or positions.ndim != 3 else positions.shape[1] - prefix
+    side = math.isqrt(max(places, 0))
+    if side**2 != places or side == 0:
+        raise _foreign(
+            where,
+            f"no pos_embed with an entry for each of {prefix} prefix tokens and a square grid",
+        )
+    config = AxialTransformerConfig(
         patch=patch,
         dim=dim,
-        depth=depth,
+        depth=max(len(layers), 1),
         heads=dim // HEAD_DIM,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        mlp_ratio=first.shape[0] / dim,
         bands=bands,
         prefix_tokens=prefix,
         grid=[side, side],
         grid_embedding=True,
         qkv_bias="blocks.0.attn.qkv.bias" in state,
-        layer_scale=None if scale is None else 1.0,
+        layer_scale=1.0 if "blocks.0.ls1.gamma" in state else None,
         axial_config=AxialConfig(pattern=["global"], positions="none"),
     )
+    _check_tensors(state, config, where)
+    return config
 
 
 def from_timm(
@@ -91,13 +123,14 @@ def from_timm(
     Heads keep their names. config: of the model that takes them.
     Raises ValueError, naming `where`, the key and what it should be, where they do not fit.
     """
-    _check_family(state, where)
     own = config_of(state, where)
-    for key in ("patch", "dim", "depth", "mlp_width", "bands", "prefix_tokens", "grid", "qkv_bias"):
+    for key in (
+        *("patch", "dim", "depth", "heads", "mlp_width", "bands"),
+        *("prefix_tokens", "made_for", "grid_embedding", "qkv_bias"),
+    ):
         found, wanted = getattr(own, key), getattr(config, key)
-        if (list(found) if key == "grid" else found) != (
-            list(wanted or []) if key == "grid" else wanted
-        ):
+        if found != wanted:
+            key = {"made_for": "grid", "mlp_width": "mlp_width (dim x mlp_ratio)"}.get(key, key)
             raise ValueError(f"{where}: has {key}={found}, and model.{key}={wanted}")
     if (own.layer_scale is None) != (config.layer_scale is None):
         raise ValueError(
@@ -130,8 +163,9 @@ def from_timm(
 
 def matching(
     model: nn.Module, state: Mapping[str, Tensor], where: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Which weights of `from_timm` a model with a backbone takes, and what starts anew.
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Which weights of `from_timm` a model with a backbone takes, what of it starts anew, and which
+    weights it has no place for (a head of another task).
 
     Heads of another number of classes, and what timm has no place for (relative tables), start
     anew. Raises ValueError, naming `where`, for weights that are missing or of another shape.
@@ -151,7 +185,7 @@ def matching(
             raise ValueError(f"{where}: has {shape} for {name}, allowed is {tuple(value.shape)}")
         else:
             fresh.append(name)
-    return taken, fresh
+    return taken, fresh, [name for name in inside if name not in taken and name not in fresh]
 
 
 def load_timm(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
@@ -159,7 +193,7 @@ def load_timm(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list
 
     See `matching`.
     """
-    taken, fresh = matching(model, state, where)
+    taken, fresh, _ = matching(model, state, where)
     model.load_state_dict(taken, strict=False)
     return fresh
 
@@ -174,28 +208,59 @@ def unpack_heads(qkv: Tensor, heads: int) -> Tensor:
     return rearrange(qkv, "(N three K) ... -> (three N K) ...", three=3, N=heads)
 
 
-def _check_family(state: Mapping[str, Tensor], where: str) -> None:
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "norm.weight")
-    for name in needed:
-        if name not in state:
-            raise ValueError(
-                f"{where}: has no {name}: allowed are weights of timm's ViT and DeiT "
-                "(vit_*, deit_*), with a position for each class and distillation token"
-            )
-    known = re.compile(
-        r"(cls_token|dist_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)"
-        r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
-        r"|blocks\.\d+\.ls[12]\.gamma|norm\.(weight|bias)|head(_dist)?\.(weight|bias))"
-    )
+def _check_tensors(state: Mapping[str, Tensor], config: AxialTransformerConfig, where: str) -> None:
+    """ValueError unless each tensor is one of a ViT of this config, of its shape, and all there.
+
+    Nothing is reshaped before: a tensor of a stranger may claim any shape over a byte of storage.
+    """
+    dim, width, (rows, cols) = config.dim, config.mlp_width, config.made_for or (0, 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (dim, config.bands, config.patch, config.patch),
+        "patch_embed.proj.bias": (dim,),
+        "pos_embed": (1, config.prefix_tokens + rows * cols, dim),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
+    for layer in range(config.depth):
+        block = {
+            **{f"{norm}.{kind}": (dim,) for norm in ("norm1", "norm2") for kind in _KINDS},
+            "attn.qkv.weight": (3 * dim, dim),
+            "attn.proj.weight": (dim, dim),
+            "attn.proj.bias": (dim,),
+            "mlp.fc1.weight": (width, dim),
+            "mlp.fc1.bias": (width,),
+            "mlp.fc2.weight": (dim, width),
+            "mlp.fc2.bias": (dim,),
+        }
+        if config.qkv_bias:
+            block["attn.qkv.bias"] = (3 * dim,)
+        if config.layer_scale is not None:
+            block |= {"ls1.gamma": (dim,), "ls2.gamma": (dim,)}
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    for name in PREFIX:
+        if name in state:
+            shapes[name] = (1, state[name].shape[1], dim)
+    for head in HEADS:
+        if f"{head}.weight" in state:
+            classes = state[f"{head}.weight"].shape[0] if state[f"{head}.weight"].ndim else 0
+            shapes |= {f"{head}.weight": (classes, dim), f"{head}.bias": (classes,)}
+    for name, shape in shapes.items():
+        value = state.get(name)
+        if value is None:
+            raise _foreign(where, f"no {name}")
+        if value.shape != shape:
+            raise _foreign(where, f"{name} of {tuple(value.shape)} for {shape}")
+        if value.layout is not torch.strided or not value.is_floating_point() or value.is_meta:
+            raise _foreign(where, f"{name} of {value.dtype}, {value.layout}")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise _foreign(where, f"{name} of {tuple(value.shape)} with fewer values than that")
     for name in state:
-        if not known.fullmatch(name):
-            raise ValueError(
-                f"{where}: {name} is not supported: allowed are timm's vit_* and deit_*"
-            )
-    prefix = sum(state[name].shape[1] for name in PREFIX if name in state)
-    side = (state["pos_embed"].shape[1] - prefix) ** 0.5
-    if side != int(side) or state["pos_embed"].shape[1] <= prefix:
-        raise ValueError(
-            f"{where}: pos_embed has {state['pos_embed'].shape[1]} entries for {prefix} prefix "
-            "tokens and a square grid: register tokens without positions are not supported here"
-        )
+        if name not in shapes:
+            raise _foreign(where, f"{name}")
+
+
+def _foreign(where: str, what: str) -> ValueError:
+    return ValueError(
+        f"{where}: has {what}: allowed are weights of timm's ViT and DeiT (vit_*, deit_*) with "
+        f"heads of {HEAD_DIM} channels, a class token, and a position for each of their tokens"
+    )

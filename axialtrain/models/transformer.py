@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
@@ -108,7 +109,7 @@ class AxialTransformerConfig:
 
     @property
     def mlp_width(self) -> int:
-        return int(self.dim * self.mlp_ratio)
+        return round(self.dim * self.mlp_ratio)
 
 
 class PatchEmbed(nn.Module):
@@ -201,29 +202,13 @@ class AxialTransformer(nn.Module):
         Raises ValueError where the grid does not fit the attention (a window larger than it, or
         relative positions that do not reach), or training needs `chance` and has none.
         """
-        attention = self.config.axial_config
         if place is None:
             _, height, width, _ = pixels.shape
             place = Place(height // self.config.patch, width // self.config.patch)
         self.config.check_grid(place.height, place.width)
-        if not self.training:
-            chance = None
-        elif chance is None and (self.config.drop_path or attention.skip_axis):
-            raise ValueError(
-                "training with model.drop_path or axial_config.skip_axis needs the draws of the "
-                "step: give chance=Chance(seed, step, samples), or call eval()"
-            )
-        elif chance is not None and len(chance.samples) != pixels.shape[0]:
-            raise ValueError(
-                f"chance.samples has {len(chance.samples)} entries: allowed is one for each of the "
-                f"{pixels.shape[0]} images"
-            )
-        tile = (pixels.shape[0], place.rect.height, place.rect.width)
-        if valid is not None and (valid.dtype is not torch.bool or valid.shape != tile):
-            raise ValueError(
-                f"valid is {valid.dtype} {tuple(valid.shape)}: allowed is torch.bool {tile}, the "
-                "tokens of this tile"
-            )
+        draws = bool(self.config.drop_path or self.config.axial_config.skip_axis)
+        chance = chance if self.training else None
+        check_inputs(pixels.shape[0], place, valid, chance, draws=self.training and draws)
         x = self.patch_embed(pixels, valid)
         if hidden is not None:
             which, token = hidden
@@ -233,33 +218,69 @@ class AxialTransformer(nn.Module):
         for embed in (self.pos_embed, self.grid_embed):
             if embed is not None:
                 x = embed(x, place, whole)
-        if valid is not None:
-            x = torch.where(valid[..., None], x, 0.0)
         prefix = x.new_zeros(x.shape[0], 0, x.shape[-1])
         if self.prefix is not None:
             own = self.prefix if self.prefix_embed is None else self.prefix + self.prefix_embed
             prefix = own.to(x.dtype).expand(x.shape[0], -1, -1)
-        x, prefix, place = run_layers(self.blocks, x, prefix, place, whole, chance)
-        x = self.exchange(self.norm(x), place, Layout.TILE)
-        if valid is not None:
-            x = torch.where(valid[..., None], x, 0.0)
-        return x, self.norm(prefix)
+        return encode(self.blocks, self.norm, self.exchange, x, prefix, place, valid, whole, chance)
 
 
-def run_layers(
+def check_inputs(
+    images: int, place: Place, valid: Tensor | None, chance: Chance | None, *, draws: bool
+) -> None:
+    """Raise ValueError where `valid` or `chance` do not belong to these images.
+
+    draws: whether something is left out at random.
+    """
+    if draws and chance is None:
+        raise ValueError(
+            "training with drop_path or axial_config.skip_axis needs the draws of the step: give "
+            "chance=Chance(seed, step, samples), or call eval()"
+        )
+    if chance is not None and len(chance.samples) != images:
+        raise ValueError(
+            f"chance.samples has {len(chance.samples)} entries: allowed is one for each of the "
+            f"{images} images"
+        )
+    tile = (images, place.rect.height, place.rect.width)
+    if valid is not None and (valid.dtype is not torch.bool or valid.shape != tile):
+        raise ValueError(
+            f"valid is {valid.dtype} {tuple(valid.shape)}: allowed is torch.bool {tile}, the "
+            "tokens of this tile"
+        )
+
+
+def encode(
     layers: Iterable[nn.Module],
+    norm: nn.Module,
+    exchange: Exchange,
     x: Tensor,
     prefix: Tensor,
     place: Place,
     valid: Tensor | None,
+    whole: Tensor | None,
     chance: Chance | None,
-) -> tuple[Tensor, Tensor, Place]:
-    """(tokens, prefix, where the tokens are) after `layers`; arguments as of `Layer`."""
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Embedded tokens [B, h, w, D] of a tile and prefix -> the same after `layers` and `norm`.
+
+    valid: bool [B, h, w] of the tile; whole: [B, H, W] of the grid. Tokens that are not valid are
+    zeroed before and after. recompute: keep nothing of a layer but its input for backward.
+    """
+    if valid is not None:
+        x = torch.where(valid[..., None], x, 0.0)
     for layer in layers:
         assert isinstance(layer, Layer)
-        x, prefix = layer(x, prefix, place, valid, chance)
+        if recompute:
+            x, prefix = checkpoint(layer, x, prefix, place, whole, chance, use_reentrant=False)
+        else:
+            x, prefix = layer(x, prefix, place, whole, chance)
         place = layer.exit(place)
-    return x, prefix, place
+    x = exchange(norm(x), place, Layout.TILE)
+    if valid is not None:
+        x = torch.where(valid[..., None], x, 0.0)
+    return x, norm(prefix) if prefix.shape[1] else prefix
 
 
 def _tokens(count: int, dim: int) -> nn.Parameter:

@@ -12,8 +12,8 @@ from axialtrain.data.loader import Batch, PerBand
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import POOLS, Classifier
-from axialtrain.models.timm_weights import config_of, from_timm, load_timm, read_timm
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.timm_weights import HEADS, config_of, from_timm, load_timm, read_timm
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.tasks.panels import Panel, image_panel
 
 KINDS = ("hard", "soft")
@@ -88,27 +88,48 @@ class Classification:
         config = self.config
         return Classifier(backbone, config.classes, config.pool, distilled=config.distilled)
 
+    def check(self, model: AxialTransformerConfig) -> None:
+        """Raise ValueError where the teacher cannot be had, or cannot teach a student like that."""
+        if self.config.distill.teacher is not None:
+            self._teacher_weights(model)
+
+    def _teacher_weights(
+        self, model: AxialTransformerConfig | None = None
+    ) -> tuple[AxialTransformerConfig, dict[str, Tensor]]:
+        key = f"task.distill.teacher={self.config.distill.teacher}"
+        state = read_timm(str(self.config.distill.teacher), key)
+        config = config_of(state, key)
+        classes = {state[f"{head}.weight"].shape[0] for head in HEADS if f"{head}.weight" in state}
+        if classes != {self.config.classes} or "head.weight" not in state:
+            raise ValueError(
+                f"{key}: tells {sorted(classes)} classes apart, allowed are those of task.classes="
+                f"{self.config.classes}"
+            )
+        for name in ("patch", "bands") if model is not None else ():
+            if getattr(config, name) != getattr(model, name):
+                raise ValueError(
+                    f"{key}: has {name}={getattr(config, name)}, allowed is the student's, "
+                    f"model.{name}={getattr(model, name)}"
+                )
+        return config, from_timm(state, config, key)
+
     def teacher(self) -> nn.Module | None:
         """The teacher, built serially: a ViT with `pattern: [global]`, which is timm's own.
 
         Raises ValueError where it cannot be had, or names other classes.
         """
-        source = self.config.distill.teacher
-        if source is None:
+        if self.config.distill.teacher is None:
             return None
-        key = f"task.distill.teacher={source}"
-        state = read_timm(source, key)
-        config = config_of(state, key)
-        classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        if classes != self.config.classes:
-            raise ValueError(
-                f"{key}: tells {classes} classes apart, allowed are those of task.classes="
-                f"{self.config.classes}"
-            )
-        distilled = "head_dist.weight" in state
+        config, state = self._teacher_weights()
         with torch.random.fork_rng(devices=[]):
-            model = Classifier(AxialTransformer(config), classes, "prefix", distilled=distilled)
-        load_timm(model, from_timm(state, config, key), key)
+            model = Classifier(
+                AxialTransformer(config),
+                self.config.classes,
+                "prefix",
+                distilled="head_dist.weight" in state,
+            )
+        fresh = load_timm(model, state, "task.distill.teacher")
+        assert not fresh, "all of it has been checked"
         return model.eval().requires_grad_(False)
 
     def prepare(self, mesh: Mesh, device: torch.device) -> None:
@@ -146,7 +167,10 @@ class Classification:
         """[B]: the loss of the distillation token."""
         if self._teacher is None:
             assert self.config.distill.teacher is None, "prepare() comes before training"
-            return F.cross_entropy(output, _targets(batch), reduction="none")
+            smoothing = self.config.smoothing
+            return F.cross_entropy(
+                output, _targets(batch), reduction="none", label_smoothing=smoothing
+            )
         with torch.no_grad():
             taught = self._teacher(batch.pixels, batch.valid, batch.place)
         if self.config.distill.kind == "hard":

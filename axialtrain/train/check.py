@@ -35,13 +35,14 @@ def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification
     )
 
 
-def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that `init` gives to the model, and the names of those that are drawn anew.
+def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The weights that `init` gives to the model, the names of those that are drawn anew, and of
+    those that the model has no place for.
 
     Raises ValueError where they do not fit.
     """
     if config.init is None:
-        return {}, []
+        return {}, [], []
     where = f"init={config.init}"
     return matching(model, from_timm(read_timm(config.init, where), config.model, where), where)
 
@@ -93,7 +94,7 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         model = task.build(AxialTransformer(config.model))
     start_of(model, config)
     if isinstance(task, Classification):
-        task.teacher()
+        task.check(config.model)
     for key, shards in data_of(config).items():
         url = getattr(config.data, key.removeprefix("data."))
         if task.image_classes is not None:

@@ -138,5 +138,7 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
     def __post_init__(self) -> None:
+        if self.init == "":
+            raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are whole numbers from 0 to 2^63 - 1")

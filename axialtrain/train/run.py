@@ -72,10 +72,13 @@ def _run(
     task = task_of(config)
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
     model = task.build(AxialTransformer(config.model))
-    given, fresh = start_of(model, config)
+    given, fresh, unused = start_of(model, config)
     model.load_state_dict(given, strict=False)
-    if fresh and tracker is not None:
-        print(f"init={config.init}: not in it, and so drawn anew: {', '.join(fresh)}", flush=True)
+    del given  # a second model
+    if tracker is not None:
+        for names, what in ((fresh, "not in it, and drawn anew"), (unused, "in it, and not used")):
+            if names:
+                print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
     model = parallelize(model, mesh, timeout=timeout)
     task.prepare(mesh, device)
     loaders = {
