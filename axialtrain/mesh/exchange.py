@@ -167,13 +167,18 @@ def crop(x: Tensor, owned: Rect, wanted: Rect) -> Tensor:
     """
     if owned == wanted:
         return x
-    sides = (
-        owned.left - wanted.left,
-        wanted.right - owned.right,
-        owned.top - wanted.top,
-        wanted.bottom - owned.bottom,
-    )
-    return F.pad(x, (0, 0) * (x.ndim - 3) + sides)
+    inside = owned.intersect(wanted)
+    if inside.empty:  # nothing of x, but in its graph: zeros right of and below its first corner
+        x, sides = x[:, :0, :0], (0, wanted.width, 0, wanted.height)
+    else:
+        x = x[:, *inside.slices(owned)]
+        sides = (
+            inside.left - wanted.left,
+            wanted.right - inside.right,
+            inside.top - wanted.top,
+            wanted.bottom - inside.bottom,
+        )
+    return F.pad(x, (0, 0) * (x.ndim - 3) + sides) if any(sides) else x
 
 
 def deal_heads(x: Tensor, place: Place, dim: int, mesh: Mesh) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from axialtrain.grid import Layout, Place, Rect, messages
-from axialtrain.mesh.collectives import all_to_all, sum_over
-from axialtrain.mesh.exchange import Exchange, redistribute, swap
+from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
+from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, redistribute, swap
 from axialtrain.mesh.mesh import Mesh
 
 BATCH = 2
@@ -36,6 +37,10 @@ def whole(size: tuple[int, int], rest: tuple[int, ...]) -> Tensor:
     return numbers((BATCH, *size, *rest), seed=0)
 
 
+def inner(x: Tensor, y: Tensor) -> float:
+    return float((x.detach() * y).sum())
+
+
 def part(tokens: Tensor, rect: Rect) -> Tensor:
     _, height, width = tokens.shape[:3]
     return tokens[:, *rect.slices(Rect(0, height, 0, width))]
@@ -58,8 +63,8 @@ def move(
     assert x.grad is not None
     return Moved(
         out.detach(),
-        float((out * y).sum()),
-        float((x * x.grad).sum()),
+        inner(out, y),
+        inner(x, x.grad),
         (sent_forward, grid.spatial.sent_bytes - sent_forward),
     )
 
@@ -69,32 +74,44 @@ def coordinates(shape: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def swaps(
-    mesh: dict[str, int], size: tuple[int, int], rest: tuple[int, ...], *, mask: bool
+    mesh: dict[str, int],
+    size: tuple[int, int],
+    rest: tuple[int, ...],
+    *,
+    mask: bool,
+    kind: str = "auto",
 ) -> dict[tuple[str, str], tuple[Tensor, dict[str, int]]]:
     """From every layout to every layout: what this rank got and sent over each group."""
-    grid = Mesh(**mesh)
+    grid = Mesh(**mesh, swap=kind)
     exchange = Exchange()
     exchange.mesh = grid
     tokens = whole(size, rest)
     if mask:
         tokens = tokens > 0
-    groups = {"row": grid.row, "col": grid.col, "spatial": grid.spatial}
     found = {}
     for source, goal in itertools.product(Layout, repeat=2):
         place = grid.place(*size, source)
-        before = {name: group.sent_bytes for name, group in groups.items()}
+        before = sent_over(grid)
         x = part(tokens, place.rect)
         out = exchange(x, place, goal)
-        sent = {name: group.sent_bytes - before[name] for name, group in groups.items()}
-        found[source.value, goal.value] = (out, sent)
+        found[source.value, goal.value] = (out, less(sent_over(grid), before))
     return found
 
 
+def sent_over(grid: Mesh) -> dict[str, int]:
+    """Bytes that this rank has sent over each group so far."""
+    return {name: getattr(grid, name).sent_bytes for name in ("row", "col", "spatial", "tensor")}
+
+
+def less(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    return {name: left[name] - right[name] for name in left}
+
+
 def swap_there_and_back(
-    mesh: dict[str, int], size: tuple[int, int]
+    mesh: dict[str, int], size: tuple[int, int], kind: str = "auto"
 ) -> list[tuple[float, float, bool]]:
     """For every pair of layouts: <A x, y> and <x, A^T y> here, and whether A^T is the way back."""
-    grid = Mesh(**mesh)
+    grid = Mesh(**mesh, swap=kind)
     found = []
     for number, (source, goal) in enumerate(itertools.permutations(Layout, 2)):
         place = grid.place(*size, source)
@@ -105,8 +122,153 @@ def swap_there_and_back(
         assert x.grad is not None
         returned = swap(y, place.under(goal), source, grid)
         same = torch.equal(returned, x.grad)
-        found.append((float((out * y).sum()), float((x * x.grad).sum()), same))
+        found.append((inner(out, y), inner(x, x.grad), same))
     return found
+
+
+# What each rank wants, from the rectangle that it has; whether of other bands of rows, of columns.
+RULES: dict[str, tuple[Callable[[Rect], Rect], bool, bool]] = {
+    "around": (lambda r: Rect(r.top - 3, r.bottom + 2, r.left - 1, r.right + 6), True, True),
+    "above and below": (lambda r: Rect(r.top - 4, r.bottom + 3, r.left, r.right), True, False),
+    "beside": (lambda r: Rect(r.top, r.bottom, r.left - 2, r.right + 5), False, True),
+    "the same": (lambda _: Rect(2, 5, 1, 4), True, True),
+    "from the first corner": (lambda r: Rect(0, r.bottom, 0, r.right), True, True),
+    "mirrored": (lambda r: Rect(7 - r.bottom, 7 - r.top, 5 - r.right, 5 - r.left), True, True),
+    "half outside": (lambda r: Rect(r.top - 9, r.top, -4, 3), True, True),
+    "outside": (lambda r: Rect(-6, -2, r.left + 20, r.right + 20), True, True),
+    "nothing": (lambda _: Rect(3, 3, 0, 4), True, True),
+    "its own": (lambda r: r, False, False),
+    "less": (lambda r: Rect(r.top, r.bottom, r.left, (r.left + r.right) // 2), False, False),
+}
+
+
+@dataclass
+class Fetched:
+    """As `Moved`, with the bytes sent over each group, there and back."""
+
+    output: Tensor
+    forward: float
+    backward: float
+    there: dict[str, int]
+    back: dict[str, int]
+
+
+def fetches(mesh: dict[str, int], size: tuple[int, int], layout: Layout) -> dict[str, Fetched]:
+    """`fetch` by each of RULES. Rows and columns lie over both axes where there are no tiles."""
+    grid = Mesh(**mesh)
+    place = grid.place(*size, layout)
+    found = {}
+    for name, (wanted, rows, cols) in RULES.items():
+        if layout is not Layout.TILE:
+            rows = cols = rows or cols
+        x = part(whole(size, (3,)), place.rect).clone().requires_grad_()
+        start = sent_over(grid)
+        out = fetch(x, place, wanted, grid, across_rows=rows, across_cols=cols)
+        there = sent_over(grid)
+        y = numbers(tuple(out.shape), seed=1 + grid.spatial.rank)
+        out.backward(y)
+        assert x.grad is not None
+        found[name] = Fetched(
+            out.detach(),
+            inner(out, y),
+            inner(x, x.grad),
+            less(there, start),
+            less(sent_over(grid), there),
+        )
+    return found
+
+
+def everywhere(mesh: dict[str, int], size: tuple[int, int]) -> list[tuple[Tensor, int]]:
+    """From each layout: the mask of the whole grid, and the bytes that this rank sent for it."""
+    grid = Mesh(**mesh)
+    exchange = Exchange()
+    exchange.attach(grid)
+    found = []
+    for layout in Layout:
+        place = grid.place(*size, layout)
+        before = grid.spatial.sent_bytes
+        mask = exchange.everywhere(part(whole(size, ()) > 0, place.rect), place)
+        found.append((mask, grid.spatial.sent_bytes - before))
+    return found
+
+
+@dataclass
+class Dealt:
+    """What `deal_heads` and `collect_heads` made of a rank's tile along one dim."""
+
+    lines: Tensor
+    returned: Tensor  # collected again
+    heads: slice
+    products: dict[str, tuple[float, float]]  # <A x, y> and <x, A^T y> here
+    inverse: bool  # whether the adjoint of each is the other
+
+
+def deals(mesh: dict[str, int], size: tuple[int, int], heads: int) -> dict[int, Dealt]:
+    """Along rows (2) and columns (1). The tiles are views, as chunks of a projection are."""
+    grid = Mesh(**mesh)
+    place = grid.place(*size)
+    exchange = Exchange()
+    exchange.attach(grid)
+    found = {}
+    for dim in (1, 2):
+        tokens = whole(size, (heads, 6))[..., :3]
+        x = part(tokens, place.rect).requires_grad_()
+        lines = exchange.deal_heads(x, place, dim)
+        y = numbers(tuple(lines.shape[::-1]), seed=grid.spatial.rank).permute(4, 3, 2, 1, 0)
+        lines.backward(y)
+        z = y.detach().requires_grad_()
+        tile = exchange.collect_heads(z, place, dim)
+        w = numbers(tuple(tile.shape[::-1]), seed=9 + grid.spatial.rank).permute(4, 3, 2, 1, 0)
+        tile.backward(w)
+        assert x.grad is not None
+        assert z.grad is not None
+        inverse = torch.equal(x.grad, exchange.collect_heads(y, place, dim)) and torch.equal(
+            z.grad, exchange.deal_heads(w, place, dim)
+        )
+        products = {
+            "deal": (inner(lines, y), inner(x, x.grad)),
+            "collect": (inner(tile, w), inner(z, z.grad)),
+        }
+        returned = exchange.collect_heads(lines, place, dim)
+        found[dim] = Dealt(
+            lines.detach(), returned.detach(), exchange.my_heads(heads, dim), products, inverse
+        )
+    return found
+
+
+def odd_heads(mesh: dict[str, int], heads: int, dim: int) -> str:
+    grid = Mesh(**mesh)
+    place = grid.place(6, 6)
+    try:
+        deal_heads(torch.zeros(1, place.rect.height, place.rect.width, heads, 2), place, dim, grid)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def maxima(mesh: dict[str, int]) -> dict[str, tuple[Tensor, Tensor, int, tuple[int, ...]]]:
+    """Over each group: x, its maximum, the bytes sent, and whose it is."""
+    grid = Mesh(**mesh)
+    found = {}
+    for name in ("row", "col", "spatial"):
+        group = getattr(grid, name)
+        x = numbers((5, 4), seed=grid.spatial.rank).t()
+        x[0] = -torch.inf
+        kept = x.clone()
+        before = group.sent_bytes
+        out = max_over(x, group)
+        assert torch.equal(x, kept), "the argument was changed in place"
+        found[name] = (kept, out, group.sent_bytes - before, group.ranks)
+    return found
+
+
+def maximum_in_the_graph(mesh: dict[str, int]) -> tuple[bool, Tensor]:
+    """Whether `Exchange.max` of what needs a gradient needs one, and the maximum."""
+    exchange = Exchange()
+    exchange.attach(Mesh(**mesh))
+    assert exchange.mesh is not None
+    out = exchange.max(torch.full((2,), float(exchange.mesh.spatial.rank), requires_grad=True))
+    return out.requires_grad, out
 
 
 def sums(mesh: dict[str, int], shape: tuple[int, ...]) -> dict[str, dict[str, Tensor]]:

@@ -14,16 +14,18 @@ from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.mesh import Group, Mesh
 from axialtrain.mesh.parallelize import parallelize, tensor_dims
+from axialtrain.mesh.per_head import PerHead
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
 PATCH = 2
+CHANCE = Chance(seed=1, step=0, samples=(5, 6))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one grid; `holes` leaves out tokens, a whole row and a whole column.
+    """One model on one grid; `holes` leaves out tokens, whole rows and whole columns.
 
     holes None: there is no mask at all. span None: relative tables of the grid's extent.
     head: tokens (a Segmenter) or a pool of `Classifier`.
@@ -33,6 +35,9 @@ class Case:
     pattern: tuple[str, ...] = ("row+col",)
     positions: str = "rope"
     depth: int = 2
+    dim: int = 16
+    heads: int = 4
+    mlp_ratio: float = 1.5
     holes: bool | None = True
     fusion: str = "sequential"
     share: bool = True
@@ -46,12 +51,21 @@ class Case:
 
 @dataclass
 class Gradients:
-    """Output, input gradient and parameter gradients of one rank (or of the serial run)."""
+    """Output, input gradient and parameter gradients of one rank (or of the serial run).
+
+    prefix: what the backbone made of its prefix tokens. norm: of all parameter gradients, as
+    DeepSpeed computes it, from which parameters carry `model_parallel`. sharded: the dim along
+    which a parameter is split over the tensor axis; `parameters` has its gradient joined. unused:
+    parameters without a gradient, which is zero in `parameters`.
+    """
 
     rect: tuple[int, int, int, int]
     output: Tensor
+    prefix: Tensor
     input: Tensor
     parameters: dict[str, Tensor]
+    unused: list[str]
+    norm: float
     sharded: dict[str, int]
     sent: dict[str, int]
 
@@ -61,10 +75,10 @@ def build(case: Case) -> nn.Module:
     backbone = AxialTransformer(
         AxialTransformerConfig(
             patch=PATCH,
-            dim=16,
+            dim=case.dim,
             depth=case.depth,
-            heads=4,
-            mlp_ratio=1.5,
+            heads=case.heads,
+            mlp_ratio=case.mlp_ratio,
             prefix_tokens=case.prefix,
             drop_path=case.drop_path,
             grid=list(case.grid),
@@ -104,32 +118,38 @@ def inputs(case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
         valid = torch.rand(2, height, width, generator=generator) < 0.8
         valid[1, height // 2] = False
         valid[0, :, width // 2] = False
+        valid[1, -1] = False  # an image of another extent: axial embeddings are interpolated
+        valid[0, :, -1] = False
     return pixels, valid, grad
 
 
-def run(model: nn.Module, case: Case, place: Place) -> tuple[Tensor, Tensor]:
-    """Forward and backward on this place's tile: (output, input gradient)."""
+def run(model: nn.Module, case: Case, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward on this place's tile: (output, prefix tokens, input gradient)."""
     pixels, valid, grad = inputs(case)
     rect = place.rect
     pixels = pixels[:, *rect.scaled(PATCH).slices(_ORIGIN)].clone().requires_grad_()
     if valid is not None:
         valid = valid[:, *rect.slices(_ORIGIN)]
-    chance = Chance(seed=3, step=1, samples=(5, 6))
-    output = model(pixels, valid, place, chance=chance)
+    prefixes: list[Tensor] = []
+    backbone = model.get_submodule("backbone")
+    backbone.register_forward_hook(lambda _module, _args, out: prefixes.append(out[1].detach()))
+    output = model(pixels, valid, place, chance=CHANCE)
     if case.head == "tokens":
         grad = grad[:, *rect.scaled(2).slices(_ORIGIN)]
     else:  # computed alike on every spatial rank, each of which has a share of the objective
         grad = grad / math.prod(place.shape)
     (output * grad).sum().backward()
     assert pixels.grad is not None
-    return output.detach(), pixels.grad
+    return output.detach(), prefixes[0], pixels.grad
 
 
 def serial(case: Case) -> Gradients:
     model = build(case)
     place = Place(*case.grid)
-    output, grad = run(model, case, place)
-    return Gradients(_tuple(place), output, grad, _gradients(model), {}, {})
+    output, prefix, grad = run(model, case, place)
+    gradients = _gradients(model)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    return Gradients(_tuple(place), output, prefix, grad, gradients, _unused(model), norm, {}, {})
 
 
 def sharded(
@@ -139,7 +159,7 @@ def sharded(
     model = build(case)
     parallelize(model, grid)
     place = grid.place(*case.grid)
-    output, grad = run(model, case, place)
+    output, prefix, grad = run(model, case, place)
     gradients = _gradients(model)
     for gradient in gradients.values():
         dist.all_reduce(gradient, group=grid.replicas.handle)
@@ -148,19 +168,35 @@ def sharded(
     return Gradients(
         _tuple(place),
         output,
+        prefix,
         grad,
         {n: _join(g, dims[n], grid.tensor) if n in dims else g for n, g in gradients.items()},
+        _unused(model),
+        _norm(model, gradients, grid.tensor),
         dims,
         {name: group.sent_bytes for name, group in groups.items()},
     )
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _unused(model: nn.Module) -> list[str]:
+    """Where nothing of it is pooled, what the last layer makes of the image trains no table."""
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def _norm(model: nn.Module, gradients: dict[str, Tensor], tensor: Group) -> float:
+    """What DeepSpeed makes of `model_parallel`: such squares add up over the tensor axis."""
+    squares = torch.zeros(2, dtype=torch.float64)
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        found[name] = parameter.grad
-    return found
+        squares[int(getattr(parameter, "model_parallel", False))] += gradients[name].square().sum()
+    dist.all_reduce(squares[1:], group=tensor.handle)
+    return math.sqrt(float(squares.sum()))
 
 
 def _join(part: Tensor, dim: int, group: Group) -> Tensor:
@@ -177,12 +213,51 @@ def _tuple(place: Place) -> tuple[int, int, int, int]:
 _ORIGIN = Place(1, 1).rect
 
 
-def bad_tensor_degree(mesh: dict[str, int]) -> str:
-    try:
-        parallelize(build(Case((4, 4))), Mesh(**mesh))
-    except ValueError as error:
-        return str(error)
-    return ""
+def refusals(cases: list[Case], mesh: dict[str, int], exchange: str = "swap") -> list[str]:
+    """What `parallelize` says to the model of each case, nothing where it takes it."""
+    grid = Mesh(**mesh, exchange=exchange)
+    found = []
+    for case in cases:
+        try:
+            parallelize(build(case), grid)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@dataclass
+class Spread:
+    """Of one rank: its parameters, which carry `model_parallel`, and what `tensor_dims` says."""
+
+    parameters: dict[str, Tensor]
+    marked: set[str]
+    dims: dict[str, int]
+
+
+def spread(case: Case, mesh: dict[str, int]) -> Spread:
+    model = build(case)
+    before = torch.get_rng_state()
+    parallelize(model, Mesh(**mesh))
+    assert torch.equal(before, torch.get_rng_state()), "a generator was used"
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        # A view would keep the whole matrix in memory.
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    marked = {name for name, one in named.items() if getattr(one, "model_parallel", False)}
+    values = {name: parameter.detach() for name, parameter in named.items()}
+    return Spread(values, marked, tensor_dims(model))
+
+
+def per_head(mesh: dict[str, int], table: Tensor) -> tuple[Tensor, Tensor]:
+    """The table's part that this rank has, and the gradient of `part.square().sum()`."""
+    model = nn.Sequential(PerHead())
+    parallelize(model, Mesh(**mesh))
+    table = table.clone().requires_grad_()
+    mine = model(table)
+    mine.square().sum().backward()
+    assert table.grad is not None
+    return mine.detach(), table.grad
 
 
 def mesh_layout(mesh: dict[str, int]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed.exchange_ranks import sums, uneven
+from distributed.exchange_ranks import maxima, maximum_in_the_graph, sums, uneven
 from distributed.launcher import run_ranks
 
-from axialtrain.mesh.collectives import sum_over
+from axialtrain.mesh.collectives import max_over, sum_over
 from axialtrain.mesh.mesh import Group
 
 GROUPS = ("row", "col", "spatial")
@@ -41,6 +41,26 @@ def test_sum_over_counts_what_a_ring_sends():
 def test_the_sum_of_one_rank_is_its_own():
     x = torch.randn(3, requires_grad=True)
     assert sum_over(x, Group()) is x
+    assert max_over(x, Group()) is x
+
+
+@pytest.mark.parametrize("mesh", [(2, 3), (1, 2)], ids=str)
+def test_max_over(mesh):
+    row, col = mesh
+    ranks = run_ranks(maxima, row * col, mesh={"row": row, "col": col})
+    for name, size in zip(GROUPS, (row, col, row * col), strict=True):
+        for found in ranks:
+            _, out, sent, members = found[name]
+            assert len(members) == size
+            assert torch.equal(out, torch.stack([ranks[i][name][0] for i in members]).amax(0))
+            assert (out[0] == -torch.inf).all()
+            assert sent == 2 * out.numel() * 8 * (size - 1) // size
+
+
+def test_a_maximum_has_no_gradient():
+    for needs_gradient, out in run_ranks(maximum_in_the_graph, 2, mesh={"row": 2}):
+        assert not needs_gradient
+        assert out.tolist() == [1, 1]
 
 
 def test_all_to_all_of_uneven_messages():

@@ -8,7 +8,10 @@ import pytest
 import torch
 from distributed.exchange_ranks import (
     BATCH,
+    RULES,
     coordinates,
+    everywhere,
+    fetches,
     move,
     part,
     swap_there_and_back,
@@ -18,12 +21,12 @@ from distributed.exchange_ranks import (
 from distributed.launcher import run_ranks
 
 from axialtrain.grid import Layout, Place, Rect
-from axialtrain.mesh.exchange import Exchange, swap
+from axialtrain.mesh.exchange import Exchange, crop, fetch, swap
 from axialtrain.mesh.mesh import Mesh
 
 MESHES = [(2, 2), (2, 3)]
 SIZES = [(13, 10), (7, 5)]
-RESTS = [(), (2, 3)]  # [B, h, w] and [B, h, w, N, K]
+SIZED = [((13, 10), ()), ((7, 5), (2, 3))]  # of [B, h, w] and of [B, h, w, N, K]
 
 
 def tiles(size: tuple[int, int], shape: tuple[int, int]) -> list[Rect]:
@@ -51,9 +54,8 @@ def lopsided(size: tuple[int, int], shape: tuple[int, int]) -> list[Rect]:
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "rest"), SIZED, ids=["[B, h, w]", "[B, h, w, N, K]"])
 @pytest.mark.parametrize("want", [halo, strided, lopsided])
-@pytest.mark.parametrize("rest", RESTS, ids=["[B, h, w]", "[B, h, w, N, K]"])
 def test_redistribute(rest, want, size, shape):
     wanted, owned = want(size, shape), tiles(size, shape)
     mesh = {"row": shape[0], "col": shape[1]}
@@ -78,9 +80,8 @@ def test_redistribute(rest, want, size, shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 2), *MESHES], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "rest"), SIZED, ids=["[B, h, w]", "[B, h, w, N, K]"])
 @pytest.mark.parametrize("mask", [False, True], ids=["numbers", "mask"])
-@pytest.mark.parametrize("rest", RESTS, ids=["[B, h, w]", "[B, h, w, N, K]"])
 def test_a_swap_is_a_slice_of_the_whole(rest, mask, size, shape):
     mesh = {"row": shape[0], "col": shape[1]}
     world = shape[0] * shape[1]
@@ -117,13 +118,121 @@ def test_a_swap_talks_in_the_smallest_group():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_the_adjoint_of_a_swap_is_the_way_back(shape, size):
+@pytest.mark.parametrize("kind", ["direct", "hierarchical"])
+def test_the_adjoint_of_a_swap_is_the_way_back(kind, shape, size):
     mesh = {"row": shape[0], "col": shape[1]}
-    ranks = run_ranks(swap_there_and_back, shape[0] * shape[1], mesh=mesh, size=size)
+    ranks = run_ranks(swap_there_and_back, shape[0] * shape[1], mesh=mesh, size=size, kind=kind)
     for pair in zip(*ranks, strict=True):
         forward, backward, same = zip(*pair, strict=True)
         assert abs(sum(forward) - sum(backward)) <= 1e-12 * BATCH * size[0] * size[1]
         assert all(same)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), *MESHES], ids=str)
+def test_two_hops_lead_where_one_does(shape):
+    """And talk along one axis at a time."""
+    mesh = {"row": shape[0], "col": shape[1]}
+    direct, hops = (
+        run_ranks(
+            swaps, shape[0] * shape[1], mesh=mesh, size=(7, 5), rest=(), mask=False, kind=kind
+        )
+        for kind in ("direct", "hierarchical")
+    )
+    for once, twice in zip(direct, hops, strict=True):
+        assert once.keys() == twice.keys()
+        for pair, (out, _) in once.items():
+            assert torch.equal(out, twice[pair][0]), pair
+            assert twice[pair][1]["spatial"] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), *MESHES], ids=str)
+@pytest.mark.parametrize("layout", Layout)
+def test_fetch(layout, shape):
+    """Whatever is wanted, zeros outside; the adjoint adds; in the smallest group."""
+    size, margin = (7, 5), 40
+    mesh = {"row": shape[0], "col": shape[1]}
+    ranks = run_ranks(fetches, shape[0] * shape[1], mesh=mesh, size=size, layout=layout)
+    owned = [Place(*size, layout, shape, at).rect for at in coordinates(shape)]
+    around = torch.zeros(BATCH, size[0] + 2 * margin, size[1] + 2 * margin, 3).double()
+    around[:, margin:-margin, margin:-margin] = whole(size, (3,))
+    for name, (wanted, rows, cols) in RULES.items():
+        got = [rank[name] for rank in ranks]
+        for me, (mine, one) in enumerate(zip(owned, got, strict=True)):
+            goal = wanted(mine)
+            assert torch.equal(one.output, part(around, goal.shifted(margin, margin))), name
+            others = owned[:me] + owned[me + 1 :]
+            tokens = sum(mine.intersect(wanted(other)).area for other in others)
+            assert sum(one.there.values()) == BATCH * tokens * 3 * 8, name
+        forward, backward = sum(one.forward for one in got), sum(one.backward for one in got)
+        assert abs(forward - backward) <= 1e-11, name
+        if layout is not Layout.TILE:
+            rows = cols = rows or cols
+        groups = {(True, False): "row", (False, True): "col", (True, True): "spatial"}
+        for one in got:
+            used = {group for group in one.there if one.there[group] or one.back[group]}
+            assert used <= {groups.get((rows, cols))}, name
+
+
+@pytest.mark.parametrize("shape", [(1, 2), *MESHES], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_mask_is_whole_everywhere(size, shape):
+    mesh = {"row": shape[0], "col": shape[1]}
+    ranks = run_ranks(everywhere, shape[0] * shape[1], mesh=mesh, size=size)
+    for at, found in zip(coordinates(shape), ranks, strict=True):
+        for layout, (mask, sent) in zip(Layout, found, strict=True):
+            assert mask.dtype == torch.bool
+            assert torch.equal(mask, whole(size, ()) > 0)
+            mine = Place(*size, layout, shape, at).rect.area
+            assert sent == BATCH * mine * (len(ranks) - 1)  # a byte a token
+
+
+TILE = Rect(2, 5, 1, 5)
+CROPS = {
+    "itself": TILE,
+    "a part": Rect(3, 5, 1, 2),
+    "around": Rect(0, 9, -3, 6),
+    "across a corner": Rect(4, 7, 0, 3),
+    "beside": Rect(2, 5, 5, 8),
+    "nothing inside": Rect(3, 3, 2, 4),
+    "nothing": Rect(0, 0, 0, 0),
+    "apart": Rect(7, 9, 8, 11),
+}
+
+
+@pytest.mark.parametrize("wanted", CROPS.values(), ids=CROPS)
+@pytest.mark.parametrize("mask", [False, True], ids=["numbers", "mask"])
+def test_crop(mask, wanted):
+    tokens = torch.zeros(2, 30, 30, *(() if mask else (3,)))
+    torch.manual_seed(0)
+    x = torch.randn_like(tokens[:, *TILE.slices(Rect(0, 30, 0, 30))])
+    tokens[:, *TILE.shifted(10, 10).slices(Rect(0, 30, 0, 30))] = x
+    if mask:
+        tokens, x = tokens > 0, x > 0
+    out = crop(x, TILE, wanted)
+    assert torch.equal(out, part(tokens, wanted.shifted(10, 10)))
+    assert (out is x) == (wanted == TILE)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_process_fetches_from_itself(name):
+    wanted, rows, cols = RULES[name]
+    x, place = whole((7, 5), (3,)), Place(7, 5)
+    around = torch.zeros(BATCH, 87, 85, 3).double()
+    around[:, 40:47, 40:45] = x
+    expected = part(around, wanted(place.rect).shifted(40, 40))
+    for got in (
+        fetch(x, place, wanted, Mesh(), across_rows=rows, across_cols=cols),
+        Exchange().fetch(x, place, wanted, across_rows=rows, across_cols=cols),
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_a_place_of_another_mesh_is_refused():
+    place = Place(4, 7, Layout.TILE, (2, 2), (0, 1))
+    with pytest.raises(
+        ValueError, match=r"\(2, 2\), the mesh is \(1, 1\): make places with mesh\."
+    ):
+        swap(torch.zeros(1, 2, 4, 3), place, Layout.ROWS, Mesh())
 
 
 def test_one_process_moves_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from distributed.launcher import run_ranks
@@ -50,6 +51,47 @@ def test_one_process_is_a_mesh():
     assert mesh.place(3, 4).rect.area == 12
 
 
-def test_degrees_start_at_one():
-    with pytest.raises(ValueError, match=r"mesh.col=0: allowed are whole numbers from 1"):
-        MeshConfig(col=0)
+@pytest.mark.parametrize("axis", ["data", "row", "col", "tensor"])
+@pytest.mark.parametrize("degree", [0, -2])
+def test_every_degree_starts_at_one(axis, degree):
+    with pytest.raises(ValueError, match=rf"mesh.{axis}={degree}: allowed are whole numbers from"):
+        MeshConfig(**{axis: degree})
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [("exchange", "swap, heads, gather"), ("swap", "auto, direct, hierarchical")],
+)
+def test_an_unknown_way_to_exchange_is_named_with_what_is_allowed(key, allowed):
+    for make in (MeshConfig, Mesh):
+        with pytest.raises(ValueError, match=rf"mesh.{key}='rings': allowed are {allowed}$"):
+            make(**{key: "rings"})
+    for value in allowed.split(", "):
+        assert getattr(MeshConfig(**{key: value}), key) == value
+
+
+ROWS_REFUSED = (
+    "mesh.exchange=heads: row passes deal out the 6 heads over tensor x col = 2 x 2 ranks: "
+    "allowed are multiples of 4, mesh.exchange=swap and mesh.exchange=gather"
+)
+COLS_REFUSED = ROWS_REFUSED.replace("row passes", "column passes").replace("x col", "x row")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "rows", "cols", "refused"),
+    [
+        (MeshConfig(col=2, tensor=2, exchange="heads"), 6, True, False, ROWS_REFUSED),
+        (MeshConfig(row=2, tensor=2, exchange="heads"), 6, True, True, COLS_REFUSED),
+        (MeshConfig(row=2, tensor=2, exchange="heads"), 6, True, False, ""),
+        (MeshConfig(row=2, col=2, tensor=2, exchange="heads"), 6, False, False, ""),
+        (MeshConfig(row=2, col=2, tensor=2, exchange="heads"), 8, True, True, ""),
+        (MeshConfig(row=5, col=5, exchange="swap"), 6, True, True, ""),
+        (MeshConfig(row=5, col=5, exchange="gather"), 6, True, True, ""),
+    ],
+)
+def test_heads_must_be_enough_for_those_that_they_are_dealt_to(mesh, heads, rows, cols, refused):
+    if not refused:
+        mesh.check_heads(heads, rows=rows, cols=cols)
+        return
+    with pytest.raises(ValueError, match=rf"^{re.escape(refused)}$"):
+        mesh.check_heads(heads, rows=rows, cols=cols)
