@@ -83,6 +83,8 @@ def config_of(state: Mapping[str, Tensor], where: str) -> AxialTransformerConfig
     first = state.get("blocks.0.mlp.fc1.weight")
     if first is None or first.ndim != 2:
         raise _foreign(where, "no blocks.0.mlp.fc1.weight [width, D]")
+    if "cls_token" not in state:
+        raise _foreign(where, "no cls_token")
     prefix = 0
     for name in PREFIX:
         if name in state:

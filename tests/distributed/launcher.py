@@ -124,7 +124,11 @@ def _run(
         timeout=COLLECTIVE_TIMEOUT,
     )
     try:
-        return "ok", fn(**kwargs)
+        result = fn(**kwargs)
+        if dist.is_initialized():
+            # A rank that ends first closes connections that others may still be making.
+            dist.barrier()
+        return "ok", result
     except Exception:
         return "error", (time.monotonic(), traceback.format_exc())
     finally:

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.mesh import EXCHANGES
 
+pytestmark = pytest.mark.slow
+
 Mesh = tuple[int, int, int]  # row, col, tensor
 
 MESHES = [(1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (1, 2, 2), (2, 1, 2)]
