@@ -402,6 +402,7 @@ def _check_model(model: nn.Module) -> None:
             size % patch == 0
             for size, patch in zip(embed.img_size or (), embed.patch_size, strict=False)
         ),
+        "depth=0": len(model.blocks) > 0,
         "blocks (one of them twice)": len(set(model.blocks)) == len(model.blocks),
         "global_pool": model.global_pool in POOLS,
         "pool_include_prefix": not model.pool_include_prefix,

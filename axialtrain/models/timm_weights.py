@@ -41,8 +41,10 @@ def read_timm(source: str, where: str) -> dict[str, Tensor]:
     if source.startswith("timm:"):
         try:
             from axialtrain.models.axialize import pretrained
-        except ImportError as error:
-            raise ValueError(f"{where}: needs timm: pip install 'axialtrain[timm]'") from error
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+            raise ValueError(
+                f"{where}: needs timm: pip install 'axialtrain[timm]' ({error})"
+            ) from error
         return pretrained(source.removeprefix("timm:"), where)
     path = Path(source)
     if not path.is_file():
@@ -138,6 +140,11 @@ def from_timm(
         raise ValueError(
             f"{where}: has {'no ' if own.layer_scale is None else ''}layer scale, and "
             f"model.layer_scale={config.layer_scale}"
+        )
+    if config.axial_config.positions == "axial":
+        raise ValueError(
+            f"{where}: axial_config.positions=axial: the weights bring an embedding of their own, "
+            "allowed are none, rope and relative"
         )
     if not config.axial_config.share_projections:
         raise ValueError(

@@ -88,6 +88,7 @@ def test_missing_tokens_enter_the_layers_as_zeros(positions):
     assert entered[0][valid].any(-1).all()
 
 
+@pytest.mark.slow
 @EVERY_KIND
 @pytest.mark.parametrize(
     ("dtype", "grids", "tolerance"),
@@ -118,6 +119,7 @@ def test_padding_far_larger_than_the_image_changes_nothing(positions):
     assert_close(prefix, alone[1])
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_a_batch_of_three_sizes_is_three_images(kind):
     """Output, and the gradients of what each of them is told, summed."""

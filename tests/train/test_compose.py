@@ -18,7 +18,8 @@ def composed(*overrides):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(name):
-    config, folder, text = compose_run([f"experiment={name}", SHARDS])
+    needed = ["init=weights.pth"] if name == "finetune_deit" else []
+    config, folder, text = compose_run([f"experiment={name}", SHARDS, *needed])
     assert config.name == name
     assert folder.parent.name == name
     assert config.data.shards == "somewhere"
@@ -28,6 +29,11 @@ def test_every_experiment_composes_and_builds(name):
 
 def test_there_are_experiments():
     assert {"quickstart", "reconstruct"} <= set(EXPERIMENTS)
+
+
+def test_fine_tuning_asks_what_to_start_from():
+    with pytest.raises(ValueError, match="init is not set: give init=timm:NAME, init=FILE"):
+        compose_run(["experiment=finetune_deit", SHARDS])
 
 
 def test_without_an_experiment_the_defaults_stand():
