@@ -28,7 +28,14 @@ from axialtrain.models import transformer
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import mean_token
 from axialtrain.models.layer import Layer
-from axialtrain.models.timm_weights import HEAD_DIM, pack_heads, unpack_heads
+from axialtrain.models.timm_weights import (
+    HEAD_DIM,
+    axialize_state_dict,
+    deaxialize_state_dict,
+    pack_heads,
+)
+
+__all__ = ["axialize", "axialize_state_dict", "deaxialize_state_dict", "pretrained"]
 
 POOLS = ("token", "avg")
 _REFUSED = "is not supported by an axialized model"
@@ -87,7 +94,8 @@ def axialize(
         for block in model.blocks
     ]
     layers = [_layer(block, i, config, grid) for i, block in enumerate(model.blocks)]
-    embed = _patch_embed(model.patch_embed)
+    embed = transformer.PatchEmbed.of_convolution(model.patch_embed.proj)
+    embed.train(model.patch_embed.training)
     for block, values in zip(model.blocks, packed, strict=True):
         for parameter, value in zip(block.attn.qkv.parameters(), values, strict=True):
             parameter.data, parameter.grad = value, None
@@ -279,52 +287,6 @@ def pretrained(name: str, where: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def axialize_state_dict(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
-    """timm's weights as an axialized model has them: see `deaxialize_state_dict`."""
-    return {name: _convert(name, value, heads, to_axial=True) for name, value in state.items()}
-
-
-def deaxialize_state_dict(
-    state: Mapping[str, Tensor], *, heads: int, patch: int
-) -> dict[str, Tensor]:
-    """Weights of an axialized model as timm loads them; there and back they are bit-equal.
-
-    QKV is packed [q, k, v][N][K] again, and the patch projection is a convolution's. heads: N.
-    patch: side of a patch in pixels. (A model knows both: `Axialized.timm_state_dict`.)
-    Raises ValueError for what timm has no place for: relative tables, separate projections; and
-    where heads or patch cannot be those of these weights.
-    """
-    flat = state.get("patch_embed.proj.weight")
-    if flat is None or flat.ndim != 2:
-        raise ValueError("deaxialize_state_dict: these are no weights of an axialized model")
-    if patch < 1 or flat.shape[1] % patch**2:
-        raise ValueError(
-            f"deaxialize_state_dict: patch={patch}: a patch has {flat.shape[1]} values, allowed is "
-            "a side whose square divides them"
-        )
-    if heads < 1 or flat.shape[0] % heads:
-        raise ValueError(
-            f"deaxialize_state_dict: heads={heads} does not divide the width {flat.shape[0]}"
-        )
-    for name in state:
-        if name.endswith((".bias_h", ".bias_w")):
-            raise ValueError(f"{name}: a timm model has no relative tables")
-        if ".attn.0." in name:
-            raise ValueError(f"{name}: a timm model has one set of projections per layer")
-    timm = {name: _convert(name, value, heads, to_axial=False) for name, value in state.items()}
-    weight = timm["patch_embed.proj.weight"]
-    timm["patch_embed.proj.weight"] = rearrange(weight, "D (C p q) -> D C p q", p=patch, q=patch)
-    return timm
-
-
-def _convert(name: str, value: Tensor, heads: int, *, to_axial: bool) -> Tensor:
-    if name == "patch_embed.proj.weight" and to_axial:
-        return value.flatten(1)
-    if ".attn.qkv." in name:
-        return pack_heads(value, heads) if to_axial else unpack_heads(value, heads)
-    return value
-
-
 def _config_of(given: AxialConfig | Mapping[str, Any]) -> AxialConfig:
     config = given
     if not isinstance(config, AxialConfig):
@@ -372,16 +334,6 @@ def _adopt(layer: Layer, block: Block) -> None:
     layer.norm2, layer.mlp, layer.ls1, layer.ls2 = block.norm2, block.mlp, block.ls1, block.ls2
 
 
-def _patch_embed(theirs: PatchEmbed) -> transformer.PatchEmbed:
-    """Our projection of flattened patches, with the convolution's parameters."""
-    weight = theirs.proj.weight
-    with torch.random.fork_rng(devices=[]):
-        ours = transformer.PatchEmbed(theirs.patch_size[0], weight.shape[1], weight.shape[0])
-    ours.proj.weight = weight
-    ours.proj.register_parameter("bias", theirs.proj.bias)
-    return ours.train(theirs.training)
-
-
 def _check_model(model: nn.Module) -> None:
     """ValueError where `axialize` does not know all that the model does."""
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
@@ -391,10 +343,10 @@ def _check_model(model: nn.Module) -> None:
     assert isinstance(model, VisionTransformer)
     embed = model.patch_embed
     plain = {
-        "patch_embed": type(embed) is PatchEmbed and _is_identity(embed.norm),
+        "patch_embed": type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity),
         "patch_embed.patch_size": len(set(embed.patch_size)) == 1,
         "pos_drop": model.pos_drop.p == 0,
-        "patch_drop": _is_identity(model.patch_drop),
+        "patch_drop": isinstance(model.patch_drop, nn.Identity),
         "norm_pre": _is_norm(model.norm_pre),
         "norm": _is_norm(model.norm),
         "head_drop": model.head_drop.p == 0,
@@ -418,12 +370,12 @@ def _check_model(model: nn.Module) -> None:
             and attn.gate is None
             and attn.attn_dim == attn.qkv.in_features
             and attn.num_heads == model.blocks[0].attn.num_heads
-            and all(_is_identity(norm) for norm in (attn.q_norm, attn.k_norm, attn.norm))
+            and all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm, attn.norm))
             and attn.attn_drop.p == attn.proj_drop.p == 0
         )
         plain[f"{where}.mlp"] = (
             type(mlp) is TimmMlp
-            and _is_identity(mlp.norm)
+            and isinstance(mlp.norm, nn.Identity)
             and isinstance(mlp.fc1, nn.Linear)
             and mlp.drop1.p == mlp.drop2.p == 0
         )
@@ -442,10 +394,6 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"axialize: {what} of this model is not supported: allowed are {SUPPORTED}"
             )
-
-
-def _is_identity(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -217,6 +217,52 @@ def unpack_heads(qkv: Tensor, heads: int) -> Tensor:
     return rearrange(qkv, "(N three K) ... -> (three N K) ...", three=3, N=heads)
 
 
+def axialize_state_dict(state: Mapping[str, Tensor], *, heads: int) -> dict[str, Tensor]:
+    """timm's weights as an axialized model has them: see `deaxialize_state_dict`."""
+    return {name: _convert(name, value, heads, to_axial=True) for name, value in state.items()}
+
+
+def deaxialize_state_dict(
+    state: Mapping[str, Tensor], *, heads: int, patch: int
+) -> dict[str, Tensor]:
+    """Weights of an axialized model as timm loads them; there and back they are bit-equal.
+
+    QKV is packed [q, k, v][N][K] again, and the patch projection is a convolution's. heads: N.
+    patch: side of a patch in pixels. (A model knows both: `Axialized.timm_state_dict`.)
+    Raises ValueError for what timm has no place for: relative tables, separate projections; and
+    where heads or patch cannot be those of these weights.
+    """
+    flat = state.get("patch_embed.proj.weight")
+    if flat is None or flat.ndim != 2:
+        raise ValueError("deaxialize_state_dict: these are no weights of an axialized model")
+    if patch < 1 or flat.shape[1] % patch**2:
+        raise ValueError(
+            f"deaxialize_state_dict: patch={patch}: a patch has {flat.shape[1]} values, allowed is "
+            "a side whose square divides them"
+        )
+    if heads < 1 or flat.shape[0] % heads:
+        raise ValueError(
+            f"deaxialize_state_dict: heads={heads} does not divide the width {flat.shape[0]}"
+        )
+    for name in state:
+        if name.endswith((".bias_h", ".bias_w")):
+            raise ValueError(f"{name}: a timm model has no relative tables")
+        if ".attn.0." in name:
+            raise ValueError(f"{name}: a timm model has one set of projections per layer")
+    timm = {name: _convert(name, value, heads, to_axial=False) for name, value in state.items()}
+    weight = timm["patch_embed.proj.weight"]
+    timm["patch_embed.proj.weight"] = rearrange(weight, "D (C p q) -> D C p q", p=patch, q=patch)
+    return timm
+
+
+def _convert(name: str, value: Tensor, heads: int, *, to_axial: bool) -> Tensor:
+    if name == "patch_embed.proj.weight" and to_axial:
+        return value.flatten(1)
+    if ".attn.qkv." in name:
+        return pack_heads(value, heads) if to_axial else unpack_heads(value, heads)
+    return value
+
+
 def _check_tensors(state: Mapping[str, Tensor], config: AxialTransformerConfig, where: str) -> None:
     """ValueError unless each tensor is one of a ViT of this config, of its shape, and all there.
 

@@ -120,6 +120,16 @@ class PatchEmbed(nn.Module):
         self.patch = patch
         self.proj = nn.Linear(bands * patch * patch, dim)
 
+    @classmethod
+    def of_convolution(cls, conv: nn.Conv2d) -> PatchEmbed:
+        """With the parameters of timm's projection [D, C, p, p]: the weight must be flattened."""
+        dim, bands, patch, _ = conv.weight.shape
+        with torch.random.fork_rng(devices=[]):  # what it draws is thrown away
+            embed = cls(patch, bands, dim)
+        embed.proj.weight = conv.weight
+        embed.proj.bias = conv.bias  # type: ignore[assignment]
+        return embed
+
     def forward(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
         """pixels: [B, h * patch, w * patch, bands], valid: [B, h, w] -> [B, h, w, D].
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axialtrain.data.loader import Batch, PerBand
+from axialtrain.data.config import PerBand
+from axialtrain.data.loader import Batch
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import POOLS, Classifier

@@ -9,7 +9,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from axialtrain.data.loader import PerBand
+from axialtrain.data.config import PerBand
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from axialtrain.data.loader import Batch, PerBand
+from axialtrain.data.config import PerBand
+from axialtrain.data.loader import Batch
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import Segmenter
 from axialtrain.models.transformer import AxialTransformer

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from axialtrain.data.loader import DataConfig
+from axialtrain.data.config import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.schedule import ScheduleConfig

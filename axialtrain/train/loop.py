@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from axialtrain.data.loader import Batch, Loader, PerBand
+from axialtrain.data.config import PerBand
+from axialtrain.data.loader import Batch, Loader
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from axialtrain.data.loader import MAX_WINDOWS, Batch, DataConfig, Loader, Steps, cut_windows
+from axialtrain.data.config import DataConfig
+from axialtrain.data.loader import MAX_WINDOWS, Batch, Loader, Steps, cut_windows
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import Region, Shards, open_shards
 from axialtrain.data.shard import shard_images

@@ -343,7 +343,11 @@ def test_separate_projections_are_refused():
 
 def test_factorised_positions_are_refused():
     config = AxialConfig(["row+col"], positions="axial")
-    refused(timms("deit").state_dict(), "none for backbone.pos_embed.rows", axial_config=config)
+    refused(
+        timms("deit").state_dict(),
+        "axial_config.positions=axial: .*allowed are none, rope and relative",
+        axial_config=config,
+    )
 
 
 @pytest.mark.parametrize(
