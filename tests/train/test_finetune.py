@@ -175,7 +175,7 @@ BAD = {
     ),
     "factorised positions": (
         ["init={folder}/deit.pth", "model.axial_config.positions=axial"],
-        "none for backbone.pos_embed.rows",
+        "axial_config.positions=axial: the weights bring an embedding of their own, allowed are",
     ),
     "tables too short": (
         ["init={folder}/deit.pth", "model.axial_config.positions=relative"],
