@@ -20,6 +20,8 @@ from torch import Tensor
 from axialtrain.grid import Place
 from axialtrain.models.transformer import AxialTransformer
 
+pytestmark = pytest.mark.slow
+
 FILLINGS = [50.0, float("nan"), float("inf")]
 SIZES = [(5, 7), (6, 3), (3, 4)]  # of three images; no side is shorter than a window
 LARGEST = (6, 7)

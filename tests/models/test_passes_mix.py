@@ -36,6 +36,8 @@ from axialtrain.grid import Place
 from axialtrain.models.layer import Layer
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 3
 MADE_FOR = (8, 10)  # grid of learned positions: larger than GRID
 

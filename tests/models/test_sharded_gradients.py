@@ -47,7 +47,7 @@ FACTORS: dict[str, list[Any]] = {
     "drop_path": [0.0, 0.5],
 }  # fmt: skip
 MAIN = list(FACTORS)[:7]
-QUICK = 24
+QUICK = 20
 
 Choice = dict[str, Any]  # a value of some factors, or of each
 Meeting = tuple[tuple[str, Any], ...]  # the same of two or three, in the order of FACTORS
@@ -239,7 +239,7 @@ def test_the_quick_cases_have_every_value_and_most_pairs():
         assert {choice[name] for choice in quick} == set(values), name
     pairs = {meeting for meeting in all_meetings() if len(meeting) == 2}
     met = pairs & set().union(*(meetings(choice) for choice in quick))
-    assert len(met) >= 0.75 * len(pairs)
+    assert len(met) >= 0.6 * len(pairs)
 
 
 def test_what_is_left_out_at_random_is_so_in_these_cases():

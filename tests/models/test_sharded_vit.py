@@ -25,6 +25,8 @@ from distributed.vit_ranks import (
     sharded,
 )
 
+pytestmark = pytest.mark.slow
+
 RELATIVE = (("positions", "relative"), ("span", 4))
 ROPE = (("positions", "rope"),)
 MIXED = ("window,shifted", "row+global")

@@ -26,6 +26,8 @@ from axialtrain.train.check import data_of, loader_of
 from axialtrain.train.checkpoint import read_weights
 from axialtrain.train.compose import compose_run
 
+pytestmark = pytest.mark.slow
+
 BASE = ["experiment=finetune_deit", "model.depth=2", "task.classes=3"]
 DISTILLED = ["model.prefix_tokens=2", "task.distilled=true"]
 
