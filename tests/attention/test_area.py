@@ -22,6 +22,8 @@ from torch import Tensor
 from axialtrain.attention.area import attend_all, attend_windows
 from axialtrain.grid import Rect
 
+pytestmark = pytest.mark.slow
+
 IMAGES, HEIGHT, WIDTH, HEADS, CHANNELS = SHAPE = (2, 5, 7, 2, 4)
 GRID = Rect(0, HEIGHT, 0, WIDTH)
 PARTS = [

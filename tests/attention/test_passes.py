@@ -25,6 +25,8 @@ from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Place
 
+pytestmark = pytest.mark.slow
+
 IMAGES, HEIGHT, WIDTH, DIM, HEADS = 2, 5, 7, 8, 2
 PLACE = Place(HEIGHT, WIDTH)
 WINDOW = 3

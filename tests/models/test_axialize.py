@@ -35,6 +35,8 @@ from axialtrain.models.axialize import axialize, axialize_state_dict, deaxialize
 from axialtrain.models.chance import Chance
 from axialtrain.models.registry import create_model
 
+pytestmark = pytest.mark.slow
+
 GLOBAL = {"pattern": ["global"]}
 # Class, distillation and register tokens, with and without a place in the embedding; layer scale;
 # pooling by mean; patches of 14, 16 and 32; a norm before the layers.

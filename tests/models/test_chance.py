@@ -17,6 +17,8 @@ from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer
 from axialtrain.models.transformer import AxialTransformer
 
+pytestmark = pytest.mark.slow
+
 MANY = 4000
 SAMPLES = tuple(range(MANY))
 

@@ -28,6 +28,8 @@ from axialtrain.models.timm_weights import (
 )
 from axialtrain.models.transformer import AxialTransformer
 
+pytestmark = pytest.mark.slow
+
 TINY = "axial_vit_tiny_patch16"
 SMALL = {"depth": 2, "num_classes": 7, "img_size": 64}  # images of 4 x 4 patches of 16 px
 GLOBAL = {"pattern": ["global"]}
