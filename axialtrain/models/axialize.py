@@ -41,7 +41,7 @@ POOLS = ("token", "avg")
 _REFUSED = "is not supported by an axialized model"
 SUPPORTED = (
     "timm's VisionTransformer and VisionTransformerDistilled (vit_*, deit_*, deit3_*) of plain "
-    "blocks: layer norms, GELU-like MLPs, no norm on queries and keys, no dropout, "
+    "blocks: layer norms, MLPs of two linear layers, no norm on queries and keys, no dropout, "
     "pooling by class token or mean"
 )
 

@@ -5,7 +5,7 @@ covering array: any two values of two factors meet in one of them, and so do any
 three of the main factors (passes, positions, exchange, mesh, mask, grid, tensor). It is found
 greedily: as long as something has not met, it starts a case, and each further factor gets the value
 that makes the most new meetings, drawn among equals with a fixed seed. Pairs come first, so that
-the quick run, which takes the first QUICK cases, has most of them.
+the quick run, which takes the first QUICK cases, has eight of ten.
 
 What cannot be is left out: separate projections and skipped passes where no layer has two passes,
 and a pooled prefix token where there is none. So is 2 x 3 x tensor 2, of whose 12 ranks two cases
@@ -233,13 +233,13 @@ def test_all_that_can_meet_meets():
     assert met == set(all_meetings())
 
 
-def test_the_quick_cases_have_every_value_and_most_pairs():
+def test_the_quick_cases_have_every_value_and_eight_pairs_of_ten():
     quick = covering_choices()[:QUICK]
     for name, values in FACTORS.items():
         assert {choice[name] for choice in quick} == set(values), name
     pairs = {meeting for meeting in all_meetings() if len(meeting) == 2}
     met = pairs & set().union(*(meetings(choice) for choice in quick))
-    assert len(met) >= 0.6 * len(pairs)
+    assert len(met) >= 0.8 * len(pairs)
 
 
 def test_what_is_left_out_at_random_is_so_in_these_cases():
