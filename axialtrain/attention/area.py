@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
-from axialtrain.attention.positions import relative_bias
+from axialtrain.attention.positions import relative_bias, widened
 from axialtrain.grid import Rect, window_bands
 
 Tables = tuple[Tensor, Tensor]  # relative, of vertical and of horizontal distances: [N, 2 S - 1]
@@ -40,6 +40,7 @@ def attend_windows(
     """
     if q.numel() == 0:
         return nothing(q, k, v, *(bias or ()), *(prefix or ()))
+    tables = _widened(bias)
     # Whole windows, and those that the tile or the image cuts, apart: nothing is padded.
     rows = window_bands((queries.top, queries.bottom), (keys.top, keys.bottom), size, shift)
     cols = window_bands((queries.left, queries.right), (keys.left, keys.right), size, shift)
@@ -68,7 +69,7 @@ def attend_windows(
                 cut(one_v),
                 mask=None if mask is None else cut(mask),
                 prefix=prefix,
-                bias=None if bias is None else partial(_area_bias, bias, *first),
+                bias=None if tables is None else partial(_area_bias, tables, *first),
             )
             pieces.append(
                 rearrange(out, "B (i j) (a b) N K -> B (i a) (j b) N K", i=i, j=j, a=a, b=b)
@@ -96,20 +97,24 @@ def attend_all(
     """
     if q.numel() == 0:
         return nothing(q, k, v, *(bias or ()), *(prefix or ()))
-    grid = Rect(0, k.shape[1], 0, k.shape[2])
+    grid, tables = Rect(0, k.shape[1], 0, k.shape[2]), _widened(bias)
     out = attend_lines(
         q.flatten(1, 2)[:, None],  # one line of all tokens
         k.flatten(1, 2)[:, None],
         v.flatten(1, 2)[:, None],
         mask=None if key_mask is None else key_mask.flatten(1, 2)[:, None],
         prefix=prefix,
-        bias=None if bias is None else partial(_area_bias, bias, queries, grid),
+        bias=None if tables is None else partial(_area_bias, tables, queries, grid),
     )
     return out[:, 0].unflatten(1, q.shape[1:3])
 
 
 def _split(mask: Tensor | None, sizes: list[int], dim: int) -> list[Tensor | None]:
     return [None] * len(sizes) if mask is None else list(mask.split(sizes, dim))
+
+
+def _widened(bias: Tables | None) -> Tables | None:
+    return None if bias is None else (widened(bias[0]), widened(bias[1]))
 
 
 def _area_bias(tables: Tables, queries: Rect, keys: Rect, start: int, stop: int) -> Tensor:

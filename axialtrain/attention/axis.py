@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
-from axialtrain.attention.positions import relative_bias
+from axialtrain.attention.positions import relative_bias, widened
 
 
 def attend(
@@ -41,7 +41,7 @@ def attend(
         raise ValueError(f"attend: dim={dim}: allowed are 1 (columns) and 2 (rows)")
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, k, v, bias, *(prefix or ()))
-    of_queries = None if bias is None else partial(_bias, bias, offset, k.shape[dim])
+    of_queries = None if bias is None else partial(_bias, widened(bias), offset, k.shape[dim])
     if dim == 2:
         return attend_lines(q, k, v, mask=key_mask, bias=of_queries, prefix=prefix, scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

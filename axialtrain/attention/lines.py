@@ -122,6 +122,8 @@ def _in_chunks(
         by_line = []
         for q2, k2, v2, mask2 in _split(sizes[1], 1, q1, k1, v1, mask1):
             parts, start = [], 0
+            if sizes[2] < queries:  # gradients from many parts: added up in fp32 at least
+                k2, v2 = _wide(k2), _wide(v2)
             for part in q2.split(sizes[2], 2):
                 stop = start + part.shape[2]
                 parts.append(
@@ -163,12 +165,17 @@ def _with_bias(
     bias: Callable[[], Tensor],
     scale: float,
 ) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)  # as fused kernels keep their logits
-    logits = torch.einsum("b x q n k, b x s n k -> b x n q s", q.to(wide) * scale, k.to(wide))
-    added = bias().to(wide)
+    # Logits in fp32 at least, as fused kernels keep theirs.
+    logits = torch.einsum("b x q n k, b x s n k -> b x n q s", _wide(q) * scale, _wide(k))
+    added = _wide(bias())
     if missing := logits.shape[-1] - added.shape[-1]:  # keys of the prefix have none
         added = F.pad(added, (missing, 0))
     logits = logits + added
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None, None], -torch.inf)
-    return torch.einsum("b x n q s, b x s n k -> b x q n k", logits.softmax(-1).to(v.dtype), v)
+    out = torch.einsum("b x n q s, b x s n k -> b x q n k", logits.softmax(-1).to(v.dtype), v)
+    return out.to(q.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

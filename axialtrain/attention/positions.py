@@ -83,6 +83,15 @@ def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]
     return line.unfold(1, keys[1] - keys[0], 1).flip(1)
 
 
+def widened(table: Tensor) -> Tensor:
+    """A table of learned biases in fp32 at least.
+
+    The gradient of an entry is a sum over all pairs of tokens at its distance: added up in bf16, it
+    would no longer grow once it is some hundred times what is added.
+    """
+    return table.to(torch.promote_types(table.dtype, torch.float32))
+
+
 class AxialEmbedding(nn.Module):
     """Learned E_rows[i] + E_cols[j], added once to the token at (i, j) (arXiv 1912.12180, 3.3).
 
@@ -182,10 +191,14 @@ def _extent(used: Tensor) -> Tensor:
 
 
 def _interpolated(table: Tensor, extents: Tensor, start: int, stop: int) -> Tensor:
-    """[B, stop - start, D]: the table [L, D] stretched to each extent, at start..stop."""
+    """[B, stop - start, D]: the table [L, D] stretched to each extent, at start..stop.
+
+    In the table's dtype, from shares in fp32 at least, in which its gradient is added up too.
+    """
+    dtype, table = table.dtype, table.to(torch.promote_types(table.dtype, torch.float32))
     at = torch.arange(start, stop, dtype=torch.float64, device=table.device) + 0.5
     at = (at * (table.shape[0] / extents[:, None].double()) - 0.5).clamp(0, table.shape[0] - 1)
     low = at.floor().long()
     high = (low + 1).clamp_max(table.shape[0] - 1)
     share = (at - low).to(table.dtype)[..., None]
-    return torch.lerp(table[low], table[high], share)
+    return torch.lerp(table[low], table[high], share).to(dtype)

@@ -58,7 +58,10 @@ def _move(
     incoming: tuple[Rect, ...],
     group: Group,
 ) -> Tensor:
-    """Send the rectangles `outgoing` of x, add the received `incoming` ones into zeros."""
+    """Send the rectangles `outgoing` of x, add the received `incoming` ones into zeros.
+
+    Where they overlap (gradients of what several ranks wanted), in fp32 at least.
+    """
     batch, rest = x.shape[0], x.shape[3:]
     per_token, me = batch * rest.numel(), group.rank
     others = [rect if rank != me else _NOWHERE for rank, rect in enumerate(outgoing)]
@@ -67,13 +70,15 @@ def _move(
     sizes = [rect.area * per_token for rect in expected]
     received = all_to_all(packed, [rect.area * per_token for rect in others], sizes, group)
     del packed  # it may be as large as what was received
-    out = x.new_zeros(batch, target.height, target.width, *rest)
+    overlap = sum(rect.area for rect in incoming) > target.area
+    dtype = torch.promote_types(x.dtype, torch.float32) if overlap else x.dtype
+    out = x.new_zeros(batch, target.height, target.width, *rest, dtype=dtype)
     if not incoming[me].empty:  # what stays here goes through no buffer
         out[:, *incoming[me].slices(target)] = x[:, *outgoing[me].slices(source)]
     for rect, chunk in zip(expected, received.split(sizes), strict=True):
         if not rect.empty:
             out[:, *rect.slices(target)] += chunk.view(batch, rect.height, rect.width, *rest)
-    return out
+    return out.to(x.dtype)
 
 
 def _peers(

@@ -10,7 +10,7 @@ from axialtrain.attention.merge import attend_everywhere
 from axialtrain.grid import Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models.chance import Chance
-from axialtrain.models.layer import Mlp
+from axialtrain.models.layer import Mlp, Norm
 from axialtrain.models.transformer import AxialTransformer
 
 POOLS = ("mean", "prefix", "attention")
@@ -167,7 +167,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = Norm(dim)
         self.mlp = Mlp(dim, mlp_width)
         self.exchange = Exchange()
 

@@ -20,7 +20,7 @@ from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models.chance import Chance
-from axialtrain.models.layer import Layer
+from axialtrain.models.layer import Layer, Norm
 
 
 @dataclass
@@ -133,9 +133,10 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
         """pixels: [B, h * patch, w * patch, bands], valid: [B, h, w] -> [B, h, w, D].
 
-        Invalid patches count as zero, whatever they hold.
+        Invalid patches count as zero, whatever they hold. Pixels come as they were read; the
+        tokens, and with them all of the model, have the dtype of the weights.
         """
-        patches = to_patches(pixels, self.patch)
+        patches = to_patches(pixels.to(self.proj.weight.dtype), self.patch)
         if valid is not None:
             # where, not a product, and before the projection: NaN * 0 is NaN, in its gradient too.
             patches = torch.where(valid[..., None], patches, 0.0)
@@ -188,7 +189,7 @@ class AxialTransformer(nn.Module):
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = Norm(dim)
         self.exchange = Exchange()
         self.apply(init_linear)
 

@@ -15,6 +15,7 @@ from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import POOLS, Classifier
 from axialtrain.models.timm_weights import HEADS, config_of, from_timm, load_timm, read_timm
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
+from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
 KINDS = ("hard", "soft")
@@ -81,6 +82,7 @@ class Classification:
 
     def __init__(self, config: ClassificationConfig) -> None:
         self.config = config
+        self.metrics: tuple[str, ...] = ("accuracy", "top5")  # of `summary`, the higher the better
         self.classes: int | None = None  # it needs no label rasters
         self.image_classes: int | None = config.classes
         self._teacher: nn.Module | None = None
@@ -153,7 +155,7 @@ class Classification:
         output: logits [B, classes], or those of either head, [B, 2, classes], while a distilled
         model trains.
         """
-        targets = _targets(batch)
+        targets, output = _targets(batch), widened(output)
         smoothing = self.config.smoothing
         one = torch.ones(len(targets), device=output.device)
         if output.ndim == 2:

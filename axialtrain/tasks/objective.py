@@ -17,6 +17,11 @@ from axialtrain.mesh.collectives import sum_over
 from axialtrain.mesh.mesh import Mesh
 
 
+def widened(output: Tensor) -> Tensor:
+    """A model's output in fp32 at least: losses are computed in that, whatever the model is in."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
 def image_means(local_sum: Tensor, local_valid: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
     """This rank's part of each image's mean loss: w_i * local_sum_i / valid_i, [B].
 
@@ -24,6 +29,7 @@ def image_means(local_sum: Tensor, local_valid: Tensor, weight: Tensor, mesh: Me
     weight: [B]. Summed over the spatial ranks, the result is each image's mean loss; an image
     without valid targets counts 0.
     """
+    local_sum = widened(local_sum)  # so that no count is rounded to bf16
     valid = sum_over(local_valid.detach().to(local_sum), mesh.spatial)
     # where before the division: 0 / 0 would put a NaN into the gradient.
     return torch.where(valid > 0, weight * local_sum / valid.clamp_min(1), 0.0)

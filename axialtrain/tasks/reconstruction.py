@@ -16,6 +16,7 @@ from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import MaskedReconstructor
 from axialtrain.models.transformer import AxialTransformer, to_patches
+from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
 
@@ -54,6 +55,7 @@ class Reconstruction:
     def __init__(self, config: ReconstructionConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.metrics: tuple[str, ...] = ()  # of `summary`, the higher the better
         self.classes: int | None = None  # it needs no labels
         self.image_classes: int | None = None
 
@@ -77,7 +79,7 @@ class Reconstruction:
         target = to_patches(batch.pixels, patch)
         present = to_patches(batch.present[..., None], patch) & self._hidden(batch)[..., None]
         present = present.repeat(1, 1, 1, bands)  # `to_patches` puts bands outermost
-        error = torch.where(present, (output - target) ** 2, 0.0)
+        error = torch.where(present, (widened(output) - target) ** 2, 0.0)
         return error.sum((1, 2, 3)), present.sum((1, 2, 3))
 
     def scores(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:

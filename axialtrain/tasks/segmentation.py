@@ -15,6 +15,7 @@ from axialtrain.data.loader import Batch
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import Segmenter
 from axialtrain.models.transformer import AxialTransformer
+from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
 IGNORE = 255  # the label of a pixel that is no target
@@ -48,6 +49,7 @@ class Segmentation:
 
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
+        self.metrics: tuple[str, ...] = ("miou", "accuracy")  # of `summary`, the higher the better
         self.classes: int | None = config.classes  # labels it needs, below this
         self.image_classes: int | None = None  # of whole images it needs none
 
@@ -67,7 +69,7 @@ class Segmentation:
         logits: [B, h * cells, w * cells, classes].
         """
         counts = self._counts(batch, logits)
-        per_cell = -(counts * F.log_softmax(logits, dim=-1))
+        per_cell = -(counts * F.log_softmax(widened(logits), dim=-1))
         return per_cell.sum((1, 2, 3)), counts.sum((1, 2, 3))
 
     def scores(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
