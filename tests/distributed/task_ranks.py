@@ -95,6 +95,7 @@ def part_of(whole: Batch, place: Place, slots: range) -> Batch:
         valid=whole.valid[tokens] & ~filler.view(-1, 1, 1),
         weight=whole.weight[images].where(~filler, 0),
         place=place,
+        ids=tuple(whole.ids[image] for image in images.tolist()),
         samples=whole.samples[images],
     )
 
