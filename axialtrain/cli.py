@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from axialtrain.launch.errors import EXPECTED, own_rank, say
+from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
 QUICKSTART = {"train": 24, "validation": 4}  # scenes
 
@@ -70,6 +70,36 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(command=_train)
 
+    export = commands.add_parser(
+        "export",
+        help="the weights of a run in one plain file",
+        description="Writes the weights of a run's last checkpoint to a file that "
+        "`axialtrain train init=FILE` and others read.",
+    )
+    export.add_argument("checkpoint", metavar="RUN|CHECKPOINT", help="a folder or a URL")
+    export.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new file")
+    export.add_argument("--to", choices=["safetensors"], default="safetensors")
+    export.add_argument(
+        "--names",
+        choices=["axialtrain", "timm"],
+        default="axialtrain",
+        help="timm: the names and packing of timm's VisionTransformer",
+    )
+    export.add_argument(
+        "--best", action="store_true", help="the checkpoint that was best in validation"
+    )
+    export.set_defaults(command=_export)
+
+    bench = commands.add_parser("bench", help="measure, and write what was measured")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    saving = benches.add_parser(
+        "checkpoint", help="for how long saving keeps training from going on: [key=value ...]"
+    )
+    saving.add_argument("overrides", nargs="*", metavar="key=value")
+    saving.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
+    saving.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+    saving.set_defaults(command=_bench_checkpoint)
+
     quickstart = commands.add_parser(
         "quickstart", help="scenes, shards and a trained model in the current folder"
     )
@@ -106,11 +136,13 @@ def _train(parsed: argparse.Namespace) -> int:
         start,
         threads_each,
     )
+    from axialtrain.train.alike import AlikeError
     from axialtrain.train.check import check
     from axialtrain.train.compose import compose_run
+    from axialtrain.train.signals import Interrupted
 
-    config, folder, text = compose_run(parsed.overrides)
     started = processes_of_outer_launcher()
+    config, folder, text = compose_run(parsed.overrides, started)
     check(config, folder, started)
     device = device_type(config.launcher.device, config.mesh.size)
     # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
@@ -123,8 +155,26 @@ def _train(parsed: argparse.Namespace) -> int:
         return start(run, arguments, config.mesh.size)
     try:
         run(*arguments)
+    except Interrupted as error:
+        return again(error)
+    except AlikeError as error:
+        return say(error) if own_rank() == 0 else 2
     except EXPECTED as error:
         return say(error, rank=own_rank())  # what only this rank knows
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from axialtrain.train.export import export
+
+    print(export(parsed.checkpoint, parsed.out, names=parsed.names, best=parsed.best))
+    return 0
+
+
+def _bench_checkpoint(parsed: argparse.Namespace) -> int:
+    from axialtrain.bench.checkpoint import bench_checkpoint
+
+    print(bench_checkpoint(parsed.overrides, parsed.out, every=parsed.every))
     return 0
 
 

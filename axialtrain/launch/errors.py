@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from axialtrain.train.signals import AGAIN, Interrupted
+
+# RankLostError of train/watch.py is an OSError: another rank ended this one, and is named.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -14,6 +17,13 @@ def say(error: BaseException, *, rank: int | None = None) -> int:
     what = str(error) or type(error).__name__
     print(f"{who}: {what}", file=sys.stderr, flush=True)
     return 2
+
+
+def again(error: Interrupted) -> int:
+    """Print, on rank 0 alone, what an interrupted run saved; returns AGAIN."""
+    if own_rank() == 0:
+        print(f"axialtrain: {error}", file=sys.stderr, flush=True)
+    return AGAIN
 
 
 def own_rank() -> int:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import multiprocessing
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, resource_tracker
+from multiprocessing.context import SpawnProcess
+from types import FrameType
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
-from torch.distributed import TCPStore
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.distributed import Store, TCPStore
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
-from axialtrain.launch.errors import EXPECTED, say
+from axialtrain.launch.errors import EXPECTED, again, say
+from axialtrain.train.alike import AlikeError
+from axialtrain.train.beats import heard, in_step, watch_store
+from axialtrain.train.signals import AGAIN, TOLD_BY, Interrupted
+from axialtrain.train.watch import LOST, RankLostError
+
+GRACE = 0.5  # s for the others, when one rank has failed, to write what they know
+GRACE_LOST = 2.0  # the same where it failed because of another: somebody still prints who
 
 # glibc gives large blocks back at once, and their pages are faulted in anew in every step. To see
 # what keeping them saves, set the same names to 131072 in the environment and compare `seconds` in
@@ -67,45 +80,139 @@ def local_processes(processes: int) -> int:
 def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> int:
     """fn(*arguments) in `processes` new processes, which find each other through our store.
 
-    Returns an exit status: 0, or the failing rank's, whose message was printed. When one rank
-    fails, the others are ended. fn must be importable, its arguments picklable.
+    Returns an exit status: 0; AGAIN where the ranks were told to end and have saved; else the
+    failing rank's, 1 where it died or lost another, 128 + signal where a signal ended all of them
+    before they could save. The message was printed. When one rank fails, the others are killed.
+    SIGTERM, SIGUSR1 and SIGINT are forwarded. fn must be importable, its arguments picklable.
     """
     for name, size in KEEP_MEMORY.items():
         os.environ.setdefault(name, str(size))
     # The parent holds the store, as torchrun's agent does: no port is guessed and lost to a race.
-    # torch reports each of the others that it ends when one fails: the one that failed says why.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.start_processes(
-        _rank, (processes, store.port, fn, arguments), nprocs=processes, join=False
-    )
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=_rank, args=(rank, processes, store.port, fn, arguments))
+        for rank in range(processes)
+    ]
+    forward = _Forward(ranks)
+    resource_tracker.ensure_running()  # on the way it would unblock what is blocked here
+    # A signal that comes now waits for us until all have begun, and for each rank, which inherits
+    # this, until it is in _rank: not in the middle of its imports.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD_BY)
     try:
-        while not context.join():
-            pass
-    except ProcessExitedException as error:
-        if error.signal_name is not None:
-            print(
-                f"axialtrain: rank {error.error_index} died: {error.signal_name}", file=sys.stderr
-            )
-        return max(error.exit_code, 1)  # of a signal it is negative
-    except ProcessRaisedException as error:
-        print(f"axialtrain: rank {error.error_index} failed:\n{error.msg}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        for process in context.processes:
-            process.terminate()
-        for process in context.processes:
-            process.join()
-        print(
-            "axialtrain: interrupted: metrics.jsonl is whole up to the last step, and no weights "
-            "were written",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+        try:
+            for process in ranks:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        failed = _first_failure(ranks)
+    finally:
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()  # only SIGKILL ends a rank that is stopped, or that notes a SIGTERM
+                process.join()
+        forward.close()
+    if forward.killed:
+        return _unsaved(forward, "killed by a second signal after")
+    codes = [process.exitcode for process in ranks]
+    if failed is None:
+        return AGAIN if AGAIN in codes else 0  # rank 0 has said what was saved
+    told, code = forward.received, codes[failed]
+    if told is not None and code in (-told, 128 + told):
+        return _unsaved(forward, "interrupted by")
+    return _failed(failed, code, store)
+
+
+class _Forward:
+    """Hands on to the ranks the first signal that tells us to end; they save and end by
+    themselves. A second SIGTERM or SIGINT kills them."""
+
+    def __init__(self, ranks: Sequence[SpawnProcess]) -> None:
+        self.received: signal.Signals | None = None
+        self.killed = False
+        self._ranks = ranks
+        self._urgent = 0  # how often SIGTERM or SIGINT came
+        self._before = {number: signal.signal(number, self._hand_on) for number in TOLD_BY}
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        # Slurm's warning (SIGUSR1) and then its SIGTERM are no impatience.
+        self._urgent += number != signal.SIGUSR1
+        if self.received is None:
+            self.received = signal.Signals(number)
+            self._send(number)
+        elif self._urgent > 1:
+            self.killed = True
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for process in self._ranks:
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(ranks: Sequence[SpawnProcess]) -> int | None:
+    """Wait for all ranks, or for the first that fails and GRACE for the others; returns its number.
+
+    A rank that the others wait for in vain is named by their `train.watch`, within its timeout.
+    One that failed through another is not the first, even if it ended before that one.
+    """
+    waiting = {process.sentinel: rank for rank, process in enumerate(ranks) if process.pid}
+    while waiting:
+        for sentinel in connection.wait(list(waiting)):
+            assert isinstance(sentinel, int)
+            rank = waiting.pop(sentinel)
+            ranks[rank].join()
+            if ranks[rank].exitcode not in (0, AGAIN):
+                lost = ranks[rank].exitcode == LOST
+                end = time.monotonic() + (GRACE_LOST if lost else GRACE)
+                for process in ranks:
+                    if process.pid is not None:
+                        process.join(max(0.0, end - time.monotonic()))
+                own = [k for k, process in enumerate(ranks) if _failed_by_itself(process)]
+                return own[0] if lost and own else rank
+    return None
+
+
+def _failed_by_itself(process: SpawnProcess) -> bool:
+    return process.pid is not None and process.exitcode not in (None, 0, AGAIN, LOST)
+
+
+def _unsaved(forward: _Forward, how: str) -> int:
+    """The exit status of a run that was told to end and could not save first: AGAIN where a
+    machine told it once, 128 + signal where a person did, or anybody insisted."""
+    told = forward.received
+    assert told is not None
+    print(
+        f"axialtrain: {how} {told.name}: nothing was saved now, what was saved before is whole",
+        file=sys.stderr,
+    )
+    return 128 + told if forward.killed or told == signal.SIGINT else AGAIN
+
+
+def _failed(rank: int, code: int | None, store: Store) -> int:
+    """The exit status of a run whose `rank` ended with `code`; names it where it could not."""
+    assert code is not None, "it has been joined"
+    if code == LOST:
+        return 1  # it ended because of another, which it or that one has named
+    beat = heard(watch_store(store), rank)
+    step = None if beat is None else beat.step
+    if code < 0:
+        end = f"died {in_step(step)}: {signal.Signals(-code).name}"
+    else:
+        end = f"failed {in_step(step)}"
+    if code != 2 or step is not None:  # what a user did wrong was said, and has no step
+        host = socket.gethostname()
+        print(f"axialtrain: rank {rank} on {host} {end}", file=sys.stderr)
+    return max(code, 1)  # of a signal it is negative
 
 
 def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], arguments: Any) -> None:
+    """The body of a rank's process: fn, and the exit status of what it raises."""
+    _prctl_pr_set_pdeathsig(signal.SIGINT)  # a parent that is killed takes its ranks along
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -116,8 +223,21 @@ def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], argument
         TORCHELASTIC_USE_AGENT_STORE="True",  # env:// then connects to our store as a client
     )
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD_BY)
         fn(*arguments)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's comes with the launcher's
         sys.exit(130)
+    except Interrupted as error:
+        sys.exit(again(error))
+    except RankLostError as error:
+        say(error, rank=rank)
+        sys.exit(LOST)
+    except AlikeError as error:
+        sys.exit(say(error) if rank == 0 else LOST)
     except EXPECTED as error:
         sys.exit(say(error, rank=rank))
+    except Exception:
+        message = f"axialtrain: rank {rank} failed:\n{traceback.format_exc()}"
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(1)

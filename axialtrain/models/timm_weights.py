@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
+from axialtrain.models.resized import resized
 from axialtrain.models.transformer import AxialTransformerConfig
 
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in their order in the sequence
@@ -124,17 +125,18 @@ def from_timm(
 ) -> dict[str, Tensor]:
     """timm's weights under the names, and in the packing, of an `AxialTransformer`.
 
-    Heads keep their names. config: of the model that takes them.
+    Heads keep their names. config: of the model that takes them; the position embedding is
+    resampled to its grid, as timm does it.
     Raises ValueError, naming `where`, the key and what it should be, where they do not fit.
     """
     own = config_of(state, where)
     for key in (
         *("patch", "dim", "depth", "heads", "mlp_width", "bands"),
-        *("prefix_tokens", "made_for", "grid_embedding", "qkv_bias"),
+        *("prefix_tokens", "grid_embedding", "qkv_bias"),
     ):
         found, wanted = getattr(own, key), getattr(config, key)
         if found != wanted:
-            key = {"made_for": "grid", "mlp_width": "mlp_width (dim x mlp_ratio)"}.get(key, key)
+            key = {"mlp_width": "mlp_width (dim x mlp_ratio)"}.get(key, key)
             raise ValueError(f"{where}: has {key}={found}, and model.{key}={wanted}")
     if (own.layer_scale is None) != (config.layer_scale is None):
         raise ValueError(
@@ -166,7 +168,10 @@ def from_timm(
     positions = state["pos_embed"][0]
     if count:
         ours["prefix_embed"] = positions[:count]
-    ours["grid_embed.table"] = positions[count:].unflatten(0, own.made_for)
+    assert own.made_for is not None, "both have a grid embedding"
+    assert config.made_for is not None, "both have a grid embedding"
+    table = positions[count:].unflatten(0, own.made_for)
+    ours["grid_embed.table"] = resized("grid_embed.table", table, (*config.made_for, config.dim))
     return ours
 
 

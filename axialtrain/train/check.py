@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from axialtrain.attention.config import Pass
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.store import BANDS
 from axialtrain.mesh.parallelize import check_divides
-from axialtrain.models.timm_weights import from_timm, matching, read_timm
 from axialtrain.models.transformer import AxialTransformer
 from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
 from axialtrain.tasks.segmentation import Segmentation, SegmentationConfig
+from axialtrain.train.checkpoint import FOLDER, all_steps_in
 from axialtrain.train.config import RunConfig
+from axialtrain.train.resume import check_fits, found
+from axialtrain.train.start import start_of
+from axialtrain.train.storage import Folder
+from axialtrain.train.track import METRICS
 
 
 def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification:
@@ -33,18 +36,6 @@ def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification
         f"task={config.task!r}: allowed are task=segmentation, task=reconstruction, "
         "task=classification"
     )
-
-
-def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The weights that `init` gives to the model, the names of those that are drawn anew, and of
-    those that the model has no place for.
-
-    Raises ValueError where they do not fit.
-    """
-    if config.init is None:
-        return {}, [], []
-    where = f"init={config.init}"
-    return matching(model, from_timm(read_timm(config.init, where), config.model, where), where)
 
 
 def data_of(config: RunConfig) -> dict[str, Shards]:
@@ -82,7 +73,11 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
             f"mesh {config.mesh} needs {config.mesh.size} processes, {processes} were started: "
             "change the mesh or the number of processes"
         )
-    _check_folder(folder)
+    if config.resume != "auto":
+        _check_new(folder)
+    _check_writable("hydra.run.dir", folder)
+    if config.checkpoint.folder is not None:
+        _check_checkpoints(config)
     if config.model.bands != BANDS:
         raise ValueError(f"model.bands={config.model.bands}: the shards hold {BANDS} bands")
     check_divides("model.heads", config.model.heads, config.mesh.tensor)
@@ -95,7 +90,9 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     start_of(model, config)
     if isinstance(task, Classification):
         task.check(config.model)
-    for key, shards in data_of(config).items():
+    _check_best(config, task.metrics)
+    shards_of = data_of(config)
+    for key, shards in shards_of.items():
         url = getattr(config.data, key.removeprefix("data."))
         if task.image_classes is not None:
             if not shards.has_image_labels:
@@ -122,14 +119,53 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                 config.model.check_grid(*grid)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
+    saved, _ = found(config, folder, verify=False)
+    if saved is not None:
+        loader = loader_of(config, shards_of["data.shards"], at=(0, 0), data_rank=0)
+        check_fits(saved, config, loader)
 
 
-def _check_folder(folder: Path) -> None:
-    for name in ("metrics.jsonl", "weights"):
+def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:
+    best = config.checkpoint.best
+    if best is None:
+        if config.train.patience:
+            raise ValueError(
+                f"train.patience={config.train.patience}: needs checkpoint.best, the metric to "
+                "wait for"
+            )
+        return
+    if best not in ("val_loss", *metrics):
+        raise ValueError(f"checkpoint.best={best}: allowed are {', '.join(('val_loss', *metrics))}")
+    if config.data.validation is None:
+        raise ValueError(f"checkpoint.best={best}: needs data.validation=SHARDS")
+
+
+def _check_new(folder: Path) -> None:
+    for name in (METRICS, FOLDER):
         if (folder / name).exists():
             raise ValueError(
-                f"hydra.run.dir={folder}: holds the {name} of a run; allowed is a new folder"
+                f"hydra.run.dir={folder}: holds the {name} of a run; allowed is a new folder, or "
+                "resume=auto to go on with it"
             )
+
+
+def _check_checkpoints(config: RunConfig) -> None:
+    key = f"checkpoint.folder={config.checkpoint.folder}"
+    try:
+        folder = Folder(str(config.checkpoint.folder))
+        steps = all_steps_in(folder)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+    if folder.local is not None:
+        _check_writable("checkpoint.folder", folder.local)
+    if steps and config.resume != "auto":
+        raise ValueError(
+            f"{key}: holds checkpoints of a run; allowed is a new folder, or resume=auto to go on "
+            "with it"
+        )
+
+
+def _check_writable(key: str, folder: Path) -> None:
     above = next(path for path in (folder, *folder.parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"hydra.run.dir={folder}: {above} is not a folder that can be written to")
+        raise ValueError(f"{key}={folder}: {above} is not a folder that can be written to")

@@ -1,165 +1,291 @@
-"""A model on disk, in one form that knows of no mesh and no ZeRO stage.
+"""The state of a run on disk, in one form that knows of no mesh, no ZeRO stage and no precision.
 
-A folder of safetensors shards with the whole fp32 weights under the names of the serial model, an
-index in Hugging Face's convention, and state.json. It appears under its name when all of it is
-there, so whoever finds it may read it.
+A checkpoint is a folder of safetensors files with the whole fp32 weights and the moments of the
+optimizer under the names of the serial model, an index for each in Hugging Face's convention, and
+state.json. It counts when its marker, checkpoint.json, is there: that is written last and lists
+every other file with its size and CRC-32C.
+
+Reading one needs neither DeepSpeed nor a process group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import torch.distributed as dist
+import google_crc32c
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:  # reading a model needs no DeepSpeed
-    from axialtrain.train.engine import Engine
+from axialtrain.train.storage import Folder
 
-INDEX = "model.safetensors.index.json"
+LOG = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "checkpoints"  # in a run's folder
+MARKER = "checkpoint.json"
 STATE = "state.json"
-LARGEST_INDEX = 64 * 2**20  # bytes; ours are under 1 MB
+WEIGHTS, MOMENTS = "model", "optimizer"  # the two sets of tensors
+LARGEST_JSON = 64 * 2**20  # bytes; ours are under 1 MB
+_STEP = re.compile(r"step-(\d{8,12})")
+_ENTRY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")  # a bare name: stays in its folder
 
 
-def save_weights(engine: Engine, folder: Path, *, state: Mapping[str, Any]) -> Path:
-    """Write the engine's weights and `state`, a JSON object, to `folder`. Collective.
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
-    folder: on a file system that all ranks share; must not exist. Returns it.
 
-    Each rank gathers every parameter, one at a time, and keeps and writes only those dealt out to
-    it. If a rank fails, every rank raises and nothing is left: the rank itself what happened
-    there, the others OSError. FileExistsError where the folder is already there.
+def index_of(kind: str) -> str:
+    """The name of the index of `WEIGHTS` or `MOMENTS`."""
+    return f"{kind}.safetensors.index.json"
+
+
+def moment_name(name: str, key: str) -> str:
+    """Of moment `key` of parameter `name` in the files."""
+    return f"{key}/{name}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint. step: optimizer steps taken. state: what state.json holds.
+
+    Every method raises ValueError, naming the file, for what is not as the marker says, and OSError
+    where the place does not answer.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owners = _deal({name: shape.numel() for name, shape in engine.shapes.items()}, world)
-    files = {name: _shard(owner, max(owners.values()) + 1) for name, owner in owners.items()}
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        with _together(engine.device):
-            if rank == 0:
-                if folder.exists():
-                    raise FileExistsError(f"{folder} is already there")
-                # What a run that was killed left behind.
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
 
-        mine, total = {}, 0
-        for name, tensor in engine.weights():
-            total += tensor.nbytes
-            if owners[name] == rank:
-                mine[name] = tensor.contiguous()
+    folder: Folder
+    step: int
+    files: Mapping[str, tuple[int, int]]  # bytes, CRC-32C
+    state: dict[str, Any] = field(repr=False)
 
-        with _together(engine.device):
-            if mine:
-                path = partial / files[next(iter(mine))]
-                save_file(mine, path, metadata={"format": "pt"})
-                _sync(path)
+    @property
+    def where(self) -> str:
+        """Path or URL."""
+        return self.folder.url
 
-        with _together(engine.device):
-            if rank == 0:
-                _write_json(
-                    partial / INDEX, {"metadata": {"total_size": total}, "weight_map": files}
-                )
-                _write_json(partial / STATE, state)
-                _sync(partial)
-                partial.rename(folder)
-                _sync(folder.parent)
-    except Exception:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    def weights(self) -> dict[str, Tensor]:
+        """The state_dict of the serial model: parameters in fp32, and buffers."""
+        with self.opened() as tensors:
+            return {name: tensors.weight(name) for name in tensors.weight_names}
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Tensors]:
+        """The tensors, read as they are asked for; from a URL, by way of a temporary folder."""
+        with contextlib.ExitStack() as stack:
+            path = self.folder.local
+            if path is None:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="axialtrain-")))
+                for name in self.files:
+                    (path / name).write_bytes(self._read(name))
+            yield Tensors(path, stack)
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights that `save_weights` wrote, on the CPU, by their names in the serial model.
+    def check(self) -> None:
+        """Read every file, and compare it with its checksum."""
+        for name in self.files:
+            self._read(name)
 
-    Raises ValueError, naming the file, where one is missing or is not what the index says.
-    """
-    tensors: dict[str, Tensor] = {}
-    names_in: dict[str, list[str]] = {}
-    for name, file in _weight_map(folder / INDEX).items():
-        names_in.setdefault(file, []).append(name)
-    for file, names in names_in.items():
-        path = folder / file
+    def _read(self, name: str) -> bytes:
+        size, checksum = self.files[name]
         try:
-            with safe_open(path, framework="pt") as shard:
-                tensors.update((name, shard.get_tensor(name)) for name in names)
+            content = self.folder.read(name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.where}/{name}: is not there") from error
+        if len(content) != size:
+            raise ValueError(f"{self.where}/{name}: has {len(content)} bytes, not {size}")
+        if google_crc32c.value(content) != checksum:
+            raise ValueError(f"{self.where}/{name}: its checksum is not what was written")
+        return content
+
+
+class Tensors:
+    """The tensors in the folder `path`, by name; open as long as `stack` is."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self._path = path
+        self._stack = stack
+        self._file_of = {kind: _index(path / index_of(kind)) for kind in (WEIGHTS, MOMENTS)}
+        self._open: dict[str, Any] = {}
+
+    @property
+    def weight_names(self) -> list[str]:
+        return list(self._file_of[WEIGHTS])
+
+    @property
+    def moment_names(self) -> list[str]:
+        """As `moment_name` makes them."""
+        return list(self._file_of[MOMENTS])
+
+    def weight(self, name: str) -> Tensor:
+        return self._tensor(WEIGHTS, name)
+
+    def moment(self, name: str, key: str) -> Tensor:
+        return self._tensor(MOMENTS, moment_name(name, key))
+
+    def shape(self, name: str) -> list[int]:
+        """Of a weight, without reading it."""
+        with self._named(WEIGHTS, name) as file:
+            return list(file.get_slice(name).get_shape())
+
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        with self._named(kind, name) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    @contextlib.contextmanager
+    def _named(self, kind: str, name: str) -> Iterator[Any]:
+        if name not in self._file_of[kind]:
+            raise ValueError(f"{self._path / index_of(kind)}: has no {name}")
+        path = self._path / self._file_of[kind][name]
+        try:
+            if path.name not in self._open:
+                opened = safe_open(path, framework="pt")
+                self._open[path.name] = self._stack.enter_context(opened)
+            yield self._open[path.name]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: {error}") from error
-    return tensors
 
 
-def _deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank writes which tensor: the largest first, each to the rank with the least so far.
+def newest(where: str | Path, *, best: bool = False) -> Saved:
+    """The newest complete checkpoint of a run, or the one that validation found best.
 
-    Ranks that write anything are the first ones.
+    where: a run's folder, the folder of its checkpoints, or one checkpoint: a path or a URL. One
+    that is damaged is passed over for the one before, with a warning.
+    Raises ValueError, naming `where`, if there is none, OSError if the place does not answer.
     """
-    load = [0] * ranks
-    owners = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owner = load.index(min(load))
-        owners[name] = owner
-        load[owner] += sizes[name]
-    return owners
+    found, problems = find(where, best=best)
+    if found is None:
+        raise ValueError("; ".join(problems) or f"{where}: holds no complete checkpoint")
+    for problem in problems:
+        LOG.warning("%s", problem)
+    return found
 
 
-def _shard(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def find(
+    where: str | Path, *, best: bool = False, verify: bool = True
+) -> tuple[Saved | None, list[str]]:
+    """As `newest`: (the checkpoint or None, what is wrong with those that were passed over).
+
+    verify: read all of it, and compare the checksums.
+    Raises OSError if the place does not answer: what cannot be read now is not damaged.
+    """
+    folder = Folder(where)
+    if folder.has(MARKER):
+        candidates = [folder]
+    else:
+        inside = folder.within(FOLDER)
+        above = inside if inside.names() else folder
+        candidates = [above.within(folder_name(step)) for step in reversed(steps_in(above))]
+    problems: list[str] = []
+    for candidate in candidates:
+        try:
+            saved = _best_of(read(candidate), candidates) if best else read(candidate)
+            if verify:
+                saved.check()
+        except ValueError as error:
+            problems.append(f"damaged, and passed over: {error}" if not best else str(error))
+            if best:
+                break
+        else:
+            return saved, problems
+    return None, problems
 
 
-@contextlib.contextmanager
-def _together(device: torch.device) -> Iterator[None]:
-    """Ends on all ranks at once, and on all with an exception if the body raised on one."""
-    error: Exception | None = None
+def _best_of(saved: Saved, candidates: Sequence[Folder]) -> Saved:
+    step = saved.state.get("best_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{saved.where}: no validation has found a best step")
+    for candidate in candidates:
+        if candidate.url.endswith(folder_name(step)):
+            return read(candidate)
+    raise ValueError(f"{saved.where}: the best step, {step}, is not there any more")
+
+
+def steps_in(folder: Folder) -> list[int]:
+    """Of the complete checkpoints in a folder of them, in order."""
+    return sorted(step for step in all_steps_in(folder) if _complete(folder, step))
+
+
+def all_steps_in(folder: Folder) -> list[int]:
+    """Of the checkpoints in a folder of them, complete or not, in order."""
+    matches = (_STEP.fullmatch(name) for name in folder.names())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read(folder: Folder) -> Saved:
+    """The checkpoint in `folder`, by its marker; the files are not read yet.
+
+    Raises ValueError, naming the file, for what is none of ours.
+    """
+    marker = _json(folder, MARKER)
+    files = marker.get("files")
+    if marker.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}/{MARKER}: format is {marker.get('format')!r}, allowed is {FORMAT}"
+        )
+    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
+        raise ValueError(f"{folder}/{MARKER}: files is no list of names, sizes and checksums")
+    for needed in (STATE, index_of(WEIGHTS), index_of(MOMENTS)):
+        if needed not in files:
+            raise ValueError(f"{folder}/{MARKER}: does not list {needed}")
+    state = _json(folder, STATE)
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{folder}/{STATE}: step is {step!r}, allowed is a whole number from 0")
+    return Saved(folder, step, {name: (size, crc) for name, (size, crc) in files.items()}, state)
+
+
+def _complete(folder: Folder, step: int) -> bool:
+    return folder.within(folder_name(step)).has(MARKER)
+
+
+def _is_entry(name: object, entry: object) -> bool:
+    return (
+        isinstance(name, str)
+        and _ENTRY.fullmatch(name) is not None
+        and isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(value, int) and value >= 0 for value in entry)
+    )
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    """An object that may come from anyone."""
     try:
-        yield
-    except Exception as caught:  # whatever it is: the others are waiting, and it is raised below
-        error = caught
-    failed = torch.tensor(int(error is not None), device=device)
-    dist.all_reduce(failed)
-    if error is not None:
-        raise error
-    if failed.item():
-        raise OSError("the checkpoint could not be written: another rank says why")
+        if folder.size(name) > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON} bytes")
+        return _object(folder.read(name))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}/{name}: is not there") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}/{name}: {error}") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(content), indent=2) + "\n")
-    _sync(path)
+def _object(content: bytes) -> dict[str, Any]:
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def _index(path: Path) -> dict[str, str]:
+    """The file that each tensor is in."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """The file that each tensor is in, from an index that may come from anyone."""
-    try:
-        if path.stat().st_size > LARGEST_INDEX:
-            raise ValueError(f"larger than {LARGEST_INDEX} bytes")
-        index = json.loads(path.read_text())
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON} bytes")
+        files = _object(path.read_bytes()).get("weight_map")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict):
         raise ValueError(f"{path}: has no weight_map")
     for file in files.values():
-        # A bare name: what a checkpoint names stays in its folder.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+        if not isinstance(file, str) or not _ENTRY.fullmatch(file):
             raise ValueError(f"{path}: {file!r} is not the name of a file beside it")
         if not file.endswith(".safetensors"):
             raise ValueError(f"{path}: {file!r} is not a safetensors file")

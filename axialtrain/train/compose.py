@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import axialtrain
+from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.registry import list_models, model_config
 from axialtrain.tasks.classification import ClassificationConfig
 from axialtrain.tasks.reconstruction import ReconstructionConfig
@@ -23,9 +24,12 @@ from axialtrain.tasks.segmentation import SegmentationConfig
 from axialtrain.train.config import RunConfig
 
 
-def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
+def compose_run(
+    overrides: Sequence[str], processes: int | None = None
+) -> tuple[RunConfig, Path, str]:
     """(the checked config, the run folder, the config as YAML) of a command line of overrides.
 
+    processes: how many an outer launcher has started, for mesh.data=auto; None where none did.
     Raises ValueError that names the key, the value and what is allowed.
     """
     store = ConfigStore.instance()
@@ -47,6 +51,8 @@ def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
             store.store(group="mesh", name=f"{row}x{col}", node={"row": row, "col": col})
         elif override.startswith("mesh="):
             raise ValueError(f"{override}: allowed are mesh=single and mesh=RxC, like mesh=2x3")
+    filling = "mesh.data=auto" in overrides
+    overrides = [override for override in overrides if override != "mesh.data=auto"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -56,7 +62,33 @@ def compose_run(overrides: Sequence[str]) -> tuple[RunConfig, Path, str]:
         raise ValueError(_plain(error)) from error
     OmegaConf.set_struct(composed, False)
     composed.pop("hydra")
-    return _checked(composed), folder, OmegaConf.to_yaml(composed, resolve=True)
+    if filling:
+        composed.mesh.data = 1
+        composed.mesh.data = _data_ranks(_checked(composed).mesh, processes)
+    config = _checked(composed)
+    chosen = any(override.startswith("hydra.run.dir=") for override in overrides)
+    if config.resume == "auto" and not chosen:
+        folder = _newest_run(folder)
+    return config, folder, OmegaConf.to_yaml(composed, resolve=True)
+
+
+def _data_ranks(mesh: MeshConfig, processes: int | None) -> int:
+    """As many as the processes that are there make: after a loss of machines, fewer."""
+    if processes is None:
+        raise ValueError("mesh.data=auto: needs torchrun or deepspeed, allowed is a whole number")
+    if processes % mesh.size:
+        raise ValueError(
+            f"mesh.data=auto: {processes} processes were started, allowed are multiples of "
+            f"{mesh.size} (row x col x tensor)"
+        )
+    return processes // mesh.size
+
+
+def _newest_run(folder: Path) -> Path:
+    """The newest run beside `folder`, which is named by the time; `folder` where there is none."""
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    runs = [path for path in siblings if (path / "config.yaml").exists()]
+    return max(runs, key=lambda path: path.name, default=folder)
 
 
 def _checked(composed: DictConfig) -> RunConfig:

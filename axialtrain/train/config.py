@@ -16,6 +16,16 @@ from axialtrain.train.schedule import ScheduleConfig
 from axialtrain.train.track import LoggerConfig
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
+POLICIES = ("stop", "skip", "rollback")
+
+
+def _check_least(group: str, config: object, **least: int) -> None:
+    for key, low in least.items():
+        if getattr(config, key) < low:
+            raise ValueError(
+                f"{group}.{key}={getattr(config, key)}: allowed are whole numbers from {low}"
+            )
 
 
 @dataclass
@@ -76,18 +86,87 @@ class TrainConfig:
     steps: optimizer steps. batch: images in one of them, never changed by the mesh.
     micro_batch: images per data rank at a time; accumulation follows.
     validate_every: steps between validations; 0 validates only at the end.
+    patience: validations without a better `checkpoint.best` after which the run ends early; 0 is
+    off.
+    precision: "fp32", or "bf16" with fp32 masters in the optimizer.
     """
 
     steps: int = 100
     batch: int = 1
     micro_batch: int = 1
     validate_every: int = 0
+    patience: int = 0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        for key, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("validate_every", 0)):
-            value = getattr(self, key)
-            if value < least:
-                raise ValueError(f"train.{key}={value}: allowed are whole numbers from {least}")
+        _check_least("train", self, steps=1, batch=1, micro_batch=1, validate_every=0, patience=0)
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"train.precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}"
+            )
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved of a run, where, and for how long.
+
+    every: optimizer steps between checkpoints; 0 saves only at the end (and when told to end).
+    folder: a path or a URL that fsspec knows (s3://...), which all ranks reach; null is
+        `checkpoints` in the run's folder.
+    asynchronous: write beside training.
+    keep_last: how many of the newest stay. keep_every: one whose step is a multiple of it stays
+        for good; 0 is off.
+    best: the metric of validation (val_loss, or one of the task's) whose best step is saved and
+        kept too; null is off.
+    on_error: "continue" goes on with a warning where one cannot be written, "stop" ends the run.
+        One that cannot be written at the end is an error in any case.
+    new_data: go on although the shards or windows are not those that the run began with.
+    """
+
+    every: int = 100
+    folder: str | None = None
+    asynchronous: bool = False
+    keep_last: int = 2
+    keep_every: int = 0
+    best: str | None = None
+    on_error: str = "continue"
+    new_data: bool = False
+
+    def __post_init__(self) -> None:
+        _check_least("checkpoint", self, every=0, keep_last=1, keep_every=0)
+        if self.on_error not in ("continue", "stop"):
+            raise ValueError(
+                f"checkpoint.on_error={self.on_error!r}: allowed are continue and stop"
+            )
+
+
+@dataclass
+class FaultsConfig:
+    """What happens where a step's loss or gradient is not finite, or its loss jumps up.
+
+    nonfinite, spike: "stop" ends the run; "skip" leaves the step's batch out, weights and moments
+        stay as they were; "rollback" does so too, and takes those of the last checkpoint again;
+        spike may be "off".
+    spike_factor: a loss above this many times the median of the `spike_window` losses before it is
+        a spike.
+    limit: batches left out after which the run stops all the same.
+    """
+
+    nonfinite: str = "stop"
+    spike: str = "off"
+    spike_factor: float = 3.0
+    spike_window: int = 20
+    limit: int = 10
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("nonfinite", POLICIES), ("spike", ("off", *POLICIES))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"faults.{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}"
+                )
+        if not 1 < self.spike_factor < math.inf:
+            raise ValueError(f"faults.spike_factor={self.spike_factor}: allowed is above 1")
+        _check_least("faults", self, spike_window=1, limit=0)
 
 
 @dataclass
@@ -119,14 +198,18 @@ class RunConfig:
     """One run: what `configs/` composes to. An unknown key is an error.
 
     task: a config of `axialtrain.tasks`, chosen by the group `task`.
-    init: what the model starts from: timm:NAME, pretrained from timm's hub, or a file of weights of
-        a timm ViT or DeiT; null draws them from `seed`.
+    init: what the model starts from: timm:NAME, pretrained from timm's hub; a file of weights, of a
+        timm ViT or DeiT or from `axialtrain export`; a run (its last checkpoint) or a checkpoint,
+        a folder or URL; null draws them from `seed`. It may be a model of another image size.
+    resume: what the run goes on from: auto, the newest checkpoint in its own folder if there is one
+        (without hydra.run.dir, that is the newest run of this name); or a run, or a checkpoint.
     """
 
     data: DataConfig
     name: str = "run"
     seed: int = 0
     init: str | None = None
+    resume: str | None = None
     model: AxialTransformerConfig = field(default_factory=AxialTransformerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -134,11 +217,15 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
     def __post_init__(self) -> None:
         if self.init == "":
             raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")
+        if self.resume == "":
+            raise ValueError("resume is empty: give resume=auto, resume=RUN or resume=null")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are whole numbers from 0 to 2^63 - 1")

@@ -1,11 +1,12 @@
-"""The training loop: batch, forward, backward, step, log; then validation, weights and pictures."""
+"""The training loop: batch, forward, backward, step, log, validate, save; then pictures."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,15 @@ from axialtrain.models.chance import Chance
 from axialtrain.models.transformer import AxialTransformer
 from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
 from axialtrain.tasks.panels import Panel
+from axialtrain.train.alike import BadStepError
 from axialtrain.train.config import RunConfig
 from axialtrain.train.engine import Engine
+from axialtrain.train.faults import NONFINITE, fault_of
+from axialtrain.train.keep import Keeper
+from axialtrain.train.progress import Progress
 from axialtrain.train.schedule import learning_rate
 from axialtrain.train.track import Tracker
+from axialtrain.train.watch import Watch
 
 PICTURE = 2048  # px, the longest side of prediction.png's panels
 
@@ -36,6 +42,7 @@ class Task(Protocol):
     The module of `build` takes `inputs`, and, while training, `chance=` (`models.chance.Chance`).
     """
 
+    metrics: tuple[str, ...]  # of `summary`, the higher the better
     classes: int | None  # of label rasters
     image_classes: int | None  # of labels of whole images
 
@@ -53,7 +60,8 @@ class Task(Protocol):
 @dataclass
 class Run:
     """The parts of a run on this rank. validation is None where there is no held-out data;
-    tracker is None on every rank but the first."""
+    tracker is None on every rank but the first; keeper saves, and is None where nothing is kept;
+    watch is None where nobody watches over the ranks."""
 
     config: RunConfig
     mesh: Mesh
@@ -63,64 +71,129 @@ class Run:
     validation: Loader | None
     tracker: Tracker | None
     device: torch.device
+    keeper: Keeper | None = None
+    watch: Watch | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An optimizer step, equal on all ranks. fault: why it was left out, None where it counts.
+    samples: of this data rank."""
+
+    loss: float
+    norm: float
+    pixels: float
+    tokens: float
+    fault: str | None
+    samples: list[str]
 
 
 def train(run: Run) -> dict[str, float]:
-    """Run all optimizer steps. Returns the metrics of the last one, equal on all ranks."""
-    config, steps = run.config, run.config.train.steps
-    metrics: dict[str, float] = {}
+    """Run the optimizer steps that are left. Returns the metrics of the last one, equal on all
+    ranks.
+
+    Raises Interrupted where the run was told to end, and BadStepError for a fault that is to stop
+    it, or for one too many.
+    """
+    config, progress = run.config, run.progress
+    steps = config.train.steps
+    if run.keeper is not None and not progress.early:
+        run.keeper.begin(run)
     started = time.perf_counter()
-    with tqdm(total=steps, unit="step", disable=run.tracker is None, mininterval=0.5) as bar:
-        for step, batches in enumerate(run.loader.steps(0, steps)):
+    with (
+        tqdm(
+            total=steps,
+            initial=progress.step,
+            unit="step",
+            disable=run.tracker is None,
+            mininterval=0.5,
+        ) as bar,
+        closing(run.loader.steps(progress.step, 0 if progress.early else steps)) as loading,
+    ):
+        for step, batches in enumerate(loading, progress.step):
+            if run.watch is not None:
+                run.watch.at(step + 1)
             lr = learning_rate(step, steps, config.optim.lr, config.schedule)
-            loss, norm, pixels, tokens = _step(run, step, batches, lr)
+            taken = _step(run, step, batches, lr)
+            progress.step = step + 1
             now = time.perf_counter()
             seconds, started = now - started, now
             metrics = {
-                "loss": loss,
+                "loss": taken.loss,
                 "lr": lr,
-                "grad_norm": norm,
+                "grad_norm": taken.norm,
                 "seconds": seconds,
-                "mpx_per_s": pixels / seconds / 1e6,
-                "tokens_per_s": tokens / seconds,
+                "mpx_per_s": taken.pixels / seconds / 1e6,
+                "tokens_per_s": taken.tokens / seconds,
             }
+            if taken.fault is None:
+                progress.losses = [*progress.losses, taken.loss][-config.faults.spike_window :]
+            elif run.keeper is not None:
+                run.keeper.leave_out(run, taken.fault, taken.loss, taken.norm, taken.samples)
+                metrics["left_out"] = progress.left_out
+            else:
+                raise BadStepError(f"step {step + 1}: {taken.fault}")
             every = config.train.validate_every
-            last = step + 1 == steps
-            if run.validation is not None and (last or (every and (step + 1) % every == 0)):
+            last = progress.step == steps
+            best = False
+            if run.validation is not None and (last or (every and progress.step % every == 0)):
                 metrics |= validate(run)
-                started = time.perf_counter()
+                if config.checkpoint.best is not None:
+                    best = progress.judge(config.checkpoint.best, metrics[config.checkpoint.best])
+                    patience = config.train.patience
+                    progress.early = 0 < patience <= progress.worse
+            if run.keeper is not None and (stalled := run.keeper.stalled()):
+                metrics["save_seconds"] = stalled  # before this step
+            progress.metrics = metrics
             if run.tracker is not None:
-                run.tracker.log(step + 1, metrics)
+                run.tracker.log(progress.step, metrics)
                 bar.set_postfix_str(
-                    f"loss {loss:.4f}, {metrics['mpx_per_s']:.1f} Mpx/s, "
+                    f"loss {taken.loss:.4f}, {metrics['mpx_per_s']:.1f} Mpx/s, "
                     f"{metrics['tokens_per_s']:.0f} tokens/s",
                     refresh=False,
                 )
                 bar.update()
-    return metrics
+            if run.keeper is not None:
+                run.keeper.keep(run, best=best, last=last or progress.early)
+            started = time.perf_counter()
+            if progress.early:
+                break
+    return progress.metrics
 
 
-def _step(
-    run: Run, step: int, batches: Iterable[Batch], lr: float
-) -> tuple[float, float, float, float]:
-    """One optimizer step: (global mean loss, gradient norm, pixels, tokens), equal on all ranks."""
+def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
+    """One optimizer step."""
     size, accumulation = run.config.train.batch, run.loader.accumulation
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     seen = torch.zeros(2, dtype=torch.float64, device=run.device)  # pixels, tokens
+    samples: list[str] = []
+    shown, fault = 0.0, None
     run.engine.train()
-    for batch in batches:
+    for index, batch in enumerate(batches, 1):
         batch = to_device(batch, run.device)
         chance = Chance(run.config.seed, step, tuple(batch.samples.tolist()))
         output = run.engine(*run.task.inputs(batch), chance=chance)
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
-        run.engine.backward(rank_loss(means, run.mesh, batch=size, accumulation=accumulation))
+        loss = rank_loss(means, run.mesh, batch=size, accumulation=accumulation)
         total += means.detach().sum()
         real = batch.weight > 0
         seen += torch.stack([batch.present[real].sum(), batch.valid[real].sum()])
+        samples += [name for name, counts in zip(batch.ids, real.tolist(), strict=True) if counts]
+        if index == accumulation:
+            # Before the last backward, while the step can still be left out: the engine drops a
+            # gradient that is not finite, at every ZeRO stage. That of the output: the loss hides
+            # what has no target.
+            shown = float(shown_loss(total, run.mesh, batch=size))
+            fault = fault_of(shown, run.progress.losses, run.config.faults)
+            if fault is not None:
+                loss = output.float().sum() * float("nan")
+        run.engine.backward(loss)
     norm = run.engine.step(lr)
+    if fault is None and not math.isfinite(norm):
+        fault = NONFINITE
     seen = sum_over(seen, run.mesh.replicas)
-    loss = float(shown_loss(total, run.mesh, batch=size))
-    return loss, norm, float(seen[0]), float(seen[1])
+    return Taken(shown, norm, float(seen[0]), float(seen[1]), fault, samples)
 
 
 @torch.no_grad()
@@ -197,20 +270,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def report(folder: Path, metrics: dict[str, float]) -> str:
+def report(folder: Path, checkpoints: str, progress: Progress) -> str:
     """The last words of a run: its figures, and what lies where."""
     figures = ", ".join(
-        f"{name} {metrics[name]:.4f}"
+        f"{name} {progress.metrics[name]:.4f}"
         for name in ("loss", "val_loss", "miou", "accuracy")
-        if name in metrics
+        if name in progress.metrics
     )
+    if progress.early:
+        figures += f"\nended early, at step {progress.step}: the best was step {progress.best_step}"
+    if progress.left_out:
+        figures += f"\nbatches left out: {progress.left_out}, see faults.jsonl"
     files = {
         "config.yaml": "the composed config",
         "metrics.jsonl": "one line a step",
         "reading.json": "bytes read and tiles decoded by each rank",
         "loss.png": "the loss curve",
         "prediction.png": "pictures, side by side",
-        "weights/": "the weights, as safetensors with an index",
     }
     lines = [f"\n{figures}", f"in {folder}:"]
-    return "\n".join(lines + [f"  {name:<15} {what}" for name, what in files.items()])
+    lines += [f"  {name:<15} {what}" for name, what in files.items()]
+    return "\n".join([*lines, f"weights and optimizer, at step {progress.step}: {checkpoints}"])

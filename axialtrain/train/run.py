@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
+from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,12 +18,27 @@ from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.models.transformer import AxialTransformer
-from axialtrain.train.check import data_of, loader_of, start_of, task_of
-from axialtrain.train.checkpoint import save_weights
+from axialtrain.train.alike import RefusedError
+from axialtrain.train.check import data_of, loader_of, task_of
+from axialtrain.train.checkpoint import Saved
 from axialtrain.train.config import RunConfig
 from axialtrain.train.engine import Engine
+from axialtrain.train.keep import Keeper
 from axialtrain.train.loop import Run, picture, reading, report, train
+from axialtrain.train.progress import Progress
+from axialtrain.train.recorder import record_collectives
+from axialtrain.train.resume import agreed, check_fits, folder_of, found, take_over
+from axialtrain.train.save import Checkpoints
+from axialtrain.train.signals import Interrupted, Signals
+from axialtrain.train.start import pinned, start_of
+from axialtrain.train.storage import Folder
 from axialtrain.train.track import Tracker
+from axialtrain.train.watch import Watch
+
+LOG = logging.getLogger(__name__)
+FLIGHT = (
+    "flight"  # in the run's folder: what torch remembers of the collectives of ranks that failed
+)
 
 
 def run(
@@ -32,6 +50,7 @@ def run(
     config: has passed `check`. device_type: "cpu" or "cuda", of DeepSpeed too (DS_ACCELERATOR).
     threads: of this process; None leaves torch's own choice.
     Returns the last metrics, equal on all ranks.
+    Raises Interrupted where the run was told to end, and has saved.
     """
     timeout = timedelta(seconds=config.launcher.timeout)
     if device_type == "cuda":
@@ -44,16 +63,34 @@ def run(
     # torch renames its collectives; DeepSpeed still calls them by the old names, on every rank.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
-    try:
-        return _run(config, folder, run_yaml, device, timeout)
-    finally:
-        dist.destroy_process_group()
+    with closing(Signals()) as signals:
+        record_collectives(folder / FLIGHT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+        watch = Watch(store, rank, world, timeout=config.launcher.timeout, folder=folder / FLIGHT)
+        try:
+            return _run(config, folder, run_yaml, device, signals, watch)
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever it is: the others wait for this rank
+            lost = watch.failed(error)
+            if lost is None:
+                raise
+            raise lost from error
+        finally:
+            watch.close()
+            dist.destroy_process_group()
 
 
 def _run(
-    config: RunConfig, folder: Path, run_yaml: str, device: torch.device, timeout: timedelta
+    config: RunConfig,
+    folder: Path,
+    run_yaml: str,
+    device: torch.device,
+    signals: Signals,
+    watch: Watch,
 ) -> dict[str, float]:
+    timeout = timedelta(seconds=config.launcher.timeout)
     mesh = Mesh(
         **config.mesh.degrees,
         exchange=config.mesh.exchange,
@@ -63,29 +100,46 @@ def _run(
     )
     # Each rank's ${now:} gives another folder: rank 0's is everybody's.
     folder = gather_objects(folder, mesh.world)[0]
-    tracker = None
-    if mesh.world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        tracker = Tracker(config.logger, folder, config.name, run_yaml)
-        (folder / "config.yaml").write_text(run_yaml)
+    saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
+    first = mesh.world.rank == 0
+    tracker, refused = None, ""
+    if first:
+        for problem in problems:
+            LOG.warning("%s", problem)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            step = 0 if saved is None else saved.step
+            tracker = Tracker(config.logger, folder, config.name, run_yaml, resumed=step)
+            Folder(folder).write("config.yaml", run_yaml.encode())
+        except (ValueError, OSError) as error:
+            refused = str(error)
+    refused = gather_objects(refused, mesh.world)[0]
+    if refused:
+        raise RefusedError(refused)
+    if first and saved is not None:
+        print(f"going on from step {saved.step} of {saved.where}", flush=True)
 
-    task = task_of(config)
-    torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
-    model = task.build(AxialTransformer(config.model))
-    given, fresh, unused = start_of(model, config)
-    model.load_state_dict(given, strict=False)
-    del given  # a second model
-    if tracker is not None:
-        for names, what in ((fresh, "not in it, and drawn anew"), (unused, "in it, and not used")):
-            if names:
-                print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
-    model = parallelize(model, mesh, timeout=timeout)
-    task.prepare(mesh, device)
     loaders = {
         key: loader_of(config, shards, at=mesh.at, data_rank=mesh.data.rank)
         for key, shards in data_of(config).items()
     }
     loader = loaders["data.shards"]
+    if saved is not None:
+        check_fits(saved, config, loader)
+    task = task_of(config)
+    torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
+    model = task.build(AxialTransformer(config.model))
+    if saved is None:
+        # A run that goes on may have a newer checkpoint for the next rank that looks.
+        config = replace(config, init=gather_objects(pinned(config), mesh.world)[0])
+        given, fresh, unused = start_of(model, config)
+        model.load_state_dict(given, strict=False)
+        del given  # a second model
+        for names, what in ((fresh, "not in it, and drawn anew"), (unused, "in it, and not used")):
+            if first and names:
+                print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
+    model = parallelize(model, mesh, timeout=timeout)
+    task.prepare(mesh, device)
     engine = Engine(
         model.to(device),
         mesh,
@@ -93,20 +147,59 @@ def _run(
         zero=config.zero,
         micro_batch=config.train.micro_batch,
         accumulation=loader.accumulation,
+        precision=config.train.precision,
     )
-    validation = loaders.get("data.validation")
-    parts = Run(config, mesh, task, engine, loader, validation, tracker, device)
-    metrics = train(parts)
-    state = {"step": config.train.steps, "seed": config.seed}
-    data_state = json.loads(loader.state(config.train.steps).to_json())
-    save_weights(engine, folder / "weights", state=state | {"data": data_state})
-    reads = reading(parts)
-    panels = picture(parts)
-    if tracker is not None:
-        assert panels is not None, "rank 0 puts the picture together"
-        (folder / "reading.json").write_text(json.dumps(reads, indent=1) + "\n")
-        tracker.prediction(panels, f"{config.name} after {config.train.steps} steps")
-        tracker.close()
-        print(report(folder, metrics), flush=True)
+    if saved is not None:
+        take_over(saved, engine)
+    checkpoints = Checkpoints(Folder(folder_of(config, folder)), config.checkpoint, mesh.world)
+    checkpoints.start(_resumed_here(saved, checkpoints.folder))
+    parts = Run(
+        config,
+        mesh,
+        task,
+        engine,
+        loader,
+        loaders.get("data.validation"),
+        tracker,
+        device,
+        Keeper(checkpoints, signals),
+        watch,
+        Progress() if saved is None else Progress.of_state(saved.state, saved.where),
+    )
+    # As the config says now, which may wait longer than that of the run that ended.
+    parts.progress.early = 0 < config.train.patience <= parts.progress.worse
+    metrics = _train(parts, folder)
     engine.close()
     return metrics
+
+
+def _train(run: Run, folder: Path) -> dict[str, float]:
+    """The steps that are left, and what a run leaves at its end."""
+    progress = run.progress
+    before = progress.step
+    done = run.tracker is not None and run.tracker.closed
+    left = before < run.config.train.steps and not progress.early
+    if gather_objects(done, run.mesh.world)[0] and not left:
+        if run.tracker is not None:
+            run.tracker.close()
+            print(f"{folder}: is at its end, step {before}: there is nothing to do", flush=True)
+        return progress.metrics
+    if run.tracker is not None:
+        run.tracker.reopen()
+    metrics = train(run)
+    reads = reading(run)
+    panels = picture(run)
+    if run.tracker is not None:
+        assert panels is not None, "rank 0 puts the picture together"
+        Folder(folder).write("reading.json", (json.dumps(reads, indent=1) + "\n").encode())
+        run.tracker.prediction(panels, f"{run.config.name} after {progress.step} steps")
+        run.tracker.close()
+        print(report(folder, folder_of(run.config, folder), progress), flush=True)
+    return metrics
+
+
+def _resumed_here(saved: Saved | None, folder: Folder) -> int | None:
+    """The step of `saved`, where it is one of the checkpoints in `folder`."""
+    if saved is None:
+        return None
+    return saved.step if saved.where.startswith(f"{folder.url.rstrip('/')}/") else None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import math
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
 from axialtrain.tasks.panels import Panel
+from axialtrain.train.progress import finite
+from axialtrain.train.storage import Folder
 
 # matplotlib and wandb are imported where they are used: they take a second, rank 0 alone needs
 # them, and a wrong key must be refused before.
@@ -20,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG = logging.getLogger(__name__)
+METRICS, FAULTS = "metrics.jsonl", "faults.jsonl"
+LOCK = ".lock"
+LOSS = "loss.png"
+WANDB_ID = ".wandb-id"
 MODES = ("auto", "offline", "online", "disabled")
 
 
@@ -36,22 +45,57 @@ class LoggerConfig:
 
 
 class Tracker:
-    """Writes one JSON object a step to metrics.jsonl and to W&B, and the pictures at the end."""
+    """Writes one JSON object a step to metrics.jsonl and to W&B, and the pictures at the end.
 
-    def __init__(self, config: LoggerConfig, folder: Path, name: str, run_yaml: str) -> None:
+    folder: of the run, which this one holds for itself until it is closed or its process ends.
+    resumed: the step that the run goes on from; lines of later ones are dropped, as those steps are
+    taken again.
+    Raises ValueError where another process holds the folder.
+    """
+
+    def __init__(
+        self, config: LoggerConfig, folder: Path, name: str, run_yaml: str, resumed: int = 0
+    ) -> None:
         self.folder = folder
-        try:  # "x": of two runs that began in the same second, one goes on
-            self._lines = (folder / "metrics.jsonl").open("x")
-        except FileExistsError as error:
-            raise ValueError(f"hydra.run.dir={folder}: another run writes there") from error
+        self._lock = _hold(folder)
         self._losses: list[tuple[int, float]] = []
+        for line in _cut(folder / METRICS, resumed):
+            if line.get("loss") is not None:
+                self._losses.append((line["step"], line["loss"]))
+        _cut(folder / FAULTS, resumed)
+        self._lines = (folder / METRICS).open("a")
         self._wandb = _start_wandb(config, folder, name, run_yaml)
 
+    @property
+    def closed(self) -> bool:
+        """Whether a run here came to its end: loss.png is the last thing that it leaves."""
+        return (self.folder / LOSS).exists()
+
+    def reopen(self) -> None:
+        """It goes on after all: what it left at its end is drawn anew."""
+        (self.folder / LOSS).unlink(missing_ok=True)
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._lines.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
         self._lines.flush()
-        self._losses.append((step, metrics["loss"]))
+        if math.isfinite(metrics["loss"]):
+            self._losses.append((step, metrics["loss"]))
         self._to_wandb(lambda run: run.log(metrics, step=step))
+
+    def fault(self, what: dict[str, Any]) -> None:
+        """A line in faults.jsonl, about a step that was left out."""
+        plain = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in what.items()
+        }
+        with (self.folder / FAULTS).open("a") as lines:
+            lines.write(json.dumps(plain) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def sync(self) -> None:
+        """The lines so far last, whatever happens to the machine."""
+        os.fsync(self._lines.fileno())
 
     def prediction(self, panels: list[Panel], title: str) -> Path:
         """The panels side by side, prediction.png."""
@@ -74,12 +118,14 @@ class Tracker:
         self._lines.close()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        axes.plot(*zip(*self._losses, strict=True), linewidth=1)
+        if self._losses:
+            axes.plot(*zip(*self._losses, strict=True), linewidth=1)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("global mean loss")
         axes.grid(alpha=0.3)
-        self._save(figure, "loss.png")
+        self._save(figure, LOSS)
         self._to_wandb(lambda run: run.finish())
+        self._lock.close()
 
     def _save(self, figure: Figure, name: str) -> Path:
         path = self.folder / name
@@ -101,6 +147,36 @@ class Tracker:
         except Exception as error:  # whatever its service raises
             LOG.warning("W&B stopped, the run goes on without it: %s", error)
             self._wandb = None
+
+
+def _hold(folder: Path) -> IO[str]:
+    """Keep other runs out of the folder; the lock goes with the process, however it ends."""
+    lock = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(f"hydra.run.dir={folder}: another run writes there") from error
+    except OSError as error:  # some network file systems
+        LOG.warning("%s cannot be locked, two runs there would not be noticed: %s", folder, error)
+    return lock
+
+
+def _cut(path: Path, last: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps after `last`, and one that is cut short. Returns those that stay."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int) and value["step"] <= last:
+            lines.append(value)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    Folder(path.parent).write(path.name, text.encode())
+    return lines
 
 
 def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -> Any:
@@ -127,6 +203,8 @@ def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -
             return wandb.init(
                 project=config.project,
                 name=name,
+                id=_wandb_id(folder),
+                resume="allow",
                 dir=folder,
                 mode=attempt,  # type: ignore[arg-type]
                 config=yaml.safe_load(run_yaml),
@@ -135,3 +213,13 @@ def _start_wandb(config: LoggerConfig, folder: Path, name: str, run_yaml: str) -
         except Exception as error:  # as above
             LOG.warning("W&B could not start in mode %s: %s", attempt, error)
     return None
+
+
+def _wandb_id(folder: Path) -> str:
+    """The same each time that the run in `folder` goes on, so that W&B shows it as one."""
+    path = folder / WANDB_ID
+    if path.exists():
+        return path.read_text().strip()
+    identity = uuid.uuid4().hex[:12]
+    Folder(folder).write(WANDB_ID, identity.encode())
+    return identity

@@ -1,0 +1,154 @@
+"""Going on from a checkpoint: which one, whether it is of this run, and taking it over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axialtrain.data.loader import Loader
+from axialtrain.data.order import OrderState
+from axialtrain.mesh.collectives import gather_objects
+from axialtrain.mesh.mesh import Group
+from axialtrain.train.alike import RefusedError
+from axialtrain.train.checkpoint import FOLDER, Saved, Tensors, find, moment_name, read
+from axialtrain.train.config import RunConfig
+from axialtrain.train.optimizer import moment_keys
+from axialtrain.train.progress import Progress
+from axialtrain.train.storage import Folder
+
+if TYPE_CHECKING:  # what is refused is refused before DeepSpeed is imported
+    from axialtrain.train.engine import Engine
+
+
+def folder_of(config: RunConfig, run_folder: Path) -> str:
+    """Where the run keeps its checkpoints."""
+    return config.checkpoint.folder or str(run_folder / FOLDER)
+
+
+def found(config: RunConfig, run_folder: Path, *, verify: bool) -> tuple[Saved | None, list[str]]:
+    """(the checkpoint that `resume` means, or None; what is wrong with those passed over).
+
+    None with resume=auto where the run has none yet. verify: read all of it.
+    Raises ValueError where `resume` names what holds none, or all are damaged; OSError where the
+    place does not answer.
+    """
+    if config.resume is None:
+        return None, []
+    if config.resume == "auto":
+        folder = folder_of(config, run_folder)
+        saved, problems = find(folder, verify=verify)
+        if saved is None and problems:
+            raise ValueError(
+                f"resume=auto: {'; '.join(problems)}. No checkpoint in {folder} is whole: to begin "
+                "anew, give another hydra.run.dir (and checkpoint.folder)"
+            )
+        return saved, problems
+    try:
+        saved, problems = find(config.resume, verify=verify)
+    except (ValueError, ImportError) as error:  # of a URL
+        raise ValueError(f"resume={config.resume}: {error}") from error
+    if saved is None:
+        said = "; ".join(problems) or "holds no complete checkpoint"
+        raise ValueError(f"resume={config.resume}: {said}")
+    return saved, problems
+
+
+def agreed(
+    look: Callable[[], tuple[Saved | None, list[str]]], world: Group
+) -> tuple[Saved | None, list[str]]:
+    """What `look` finds on rank 0, which alone reads all of it, for everybody. Collective.
+
+    Raises RefusedError, on every rank, where it raises ValueError or OSError there.
+    """
+    told: tuple[str | None, list[str], str] = (None, [], "")
+    if world.rank == 0:
+        try:
+            saved, problems = look()
+            told = (saved.where if saved else None, problems, "")
+        except (ValueError, OSError) as error:
+            told = (None, [], str(error))
+    where, problems, wrong = gather_objects(told, world)[0]
+    if wrong:
+        raise RefusedError(wrong)
+    return (None if where is None else read(Folder(where))), problems
+
+
+def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
+    """Refuse a checkpoint of another model, task, optimizer or order of samples.
+
+    Mesh, ZeRO stage, precision, learning rate and the length of the run may differ.
+    Raises ValueError that names the key, the value and what is allowed.
+    """
+    state, where = saved.state, saved.where
+    for key, mine in state_of(config).items():
+        for name, (here, there) in _differences(key, mine, state.get(key)).items():
+            raise ValueError(f"{name}={here}: {where} was saved with {there}, allowed is the same")
+    Progress.of_state(state, where)
+    updates = state.get("updates")
+    if not isinstance(updates, int) or not 0 <= updates <= saved.step:
+        raise ValueError(f"{where}: updates is {updates!r}, allowed is 0 to {saved.step}")
+    try:
+        order = OrderState(**state["data"]["order"])
+        windows = state["data"]["windows"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: does not say where its data stands ({error!r})") from error
+    if order.next_index != saved.step * config.train.batch:
+        raise ValueError(f"{where}: step {saved.step} and its samples do not go together")
+    if config.checkpoint.new_data:
+        return
+    hint = "; checkpoint.new_data=true goes on all the same"
+    try:
+        loader.resume(order)
+    except ValueError as error:
+        raise ValueError(f"resume={config.resume}: {error}{hint}") from error
+    if windows != [config.data.window, len(loader.windows)]:
+        raise ValueError(
+            f"data.window={config.data.window}: {where} was saved with {windows[0]}{hint}"
+        )
+
+
+def state_of(config: RunConfig) -> dict[str, Any]:
+    """What a run must have in common with one that it goes on from."""
+    return {
+        "seed": config.seed,
+        "model": asdict(config.model),
+        "task": asdict(config.task),
+        "optim": {"name": config.optim.name, "moments": list(moment_keys(config.optim))},
+        "train": {"batch": config.train.batch},
+    }
+
+
+def take_over(saved: Saved, engine: Engine) -> None:
+    """Weights, moments and buffers of `saved`, into an engine on any mesh.
+
+    Raises ValueError, before anything is changed, where the tensors are not the model's.
+    """
+    with saved.opened() as tensors:
+        _check_tensors(saved, tensors, engine)
+        engine.load(tensors.weight, tensors.moment, saved.state["updates"])
+
+
+def _check_tensors(saved: Saved, tensors: Tensors, engine: Engine) -> None:
+    there = {name: tuple(tensors.shape(name)) for name in tensors.weight_names}
+    here = {name: tuple(shape) for name, shape in engine.shapes.items()}
+    for name in sorted(there.keys() ^ here.keys()):
+        who = "the checkpoint" if name in there else "the model"
+        raise ValueError(f"{saved.where}: only {who} has {name}: it is of another model")
+    for name, shape in here.items():
+        if there[name] != shape:
+            raise ValueError(f"{saved.where}: {name} is {there[name]}, the model's is {shape}")
+    needed = {moment_name(name, key) for name, keys in engine.moments_of.items() for key in keys}
+    if missing := sorted(needed - set(tensors.moment_names)):
+        raise ValueError(f"{saved.where}: has no {missing[0]}: its optimizer is another")
+
+
+def _differences(key: str, here: Any, there: Any) -> dict[str, tuple[Any, Any]]:
+    """{key: (here, there)} of the values that differ, down to the key that does."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in here.keys() | there.keys():
+            found |= _differences(f"{key}.{name}", here.get(name), there.get(name))
+        return dict(sorted(found.items()))
+    return {} if here == there else {key: (here, there)}
