@@ -15,7 +15,7 @@ from axialtrain.data.readers import tiles_of
 from axialtrain.data.region import open_shards
 from axialtrain.models.transformer import AxialTransformer
 from axialtrain.train.check import task_of
-from axialtrain.train.checkpoint import read_weights
+from axialtrain.train.checkpoint import newest
 from axialtrain.train.compose import compose_run
 
 MESHES = {
@@ -59,7 +59,7 @@ def run_on(axialtrain, slide_shards, tmp_path_factory):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         reading = json.loads((folder / "reading.json").read_text())
-        weights = read_weights(folder / "weights")
+        weights = newest(folder).weights()
         return Result([line["loss"] for line in lines], weights, reading)
 
     return run

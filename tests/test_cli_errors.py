@@ -76,7 +76,7 @@ BAD = {
     "device": (["launcher.device=tpu"], "launcher.device='tpu': allowed are"),
     "classes": (["task.classes=3"], "task.classes=3: data.shards="),
     "run folder": (["hydra.run.dir={finished}/note/run"], "note is not a folder that can be"),
-    "finished run": (["hydra.run.dir={finished}"], "holds the weights of a run"),
+    "finished run": (["hydra.run.dir={finished}"], "holds the checkpoints of a run"),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_bad_override(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     finished = tmp_path_factory.mktemp("finished")
-    (finished / "weights").mkdir()
+    (finished / "checkpoints").mkdir()
     (finished / "note").touch()
     overrides = [override.format(finished=finished) for override in overrides]
     assert main(train(small_shards, *overrides)) == 2

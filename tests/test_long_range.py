@@ -20,7 +20,7 @@ from axialtrain.tasks.segmentation import Segmentation, SegmentationConfig
 from axialtrain.train.config import ScheduleConfig
 from axialtrain.train.schedule import learning_rate
 
-PATCH, SIZE, STEPS, RATE = 32, 2048, 160, 3e-3
+PATCH, SIZE, STEPS, RATE = 32, 1024, 160, 3e-3
 
 
 def batch(seed: int, index: int, *, alone: bool) -> Batch:

@@ -37,15 +37,16 @@ def test_the_commands_of_the_readme(tmp_path):
     assert len(ran) >= 7
     for number, command in enumerate(ran):
         if " train " in command:  # the real thing, but short, and in a folder that we know
-            command += f" train.steps=2 hydra.run.dir=run{number}"
+            named = re.search(r"hydra\.run\.dir=(\S+)", command)
+            folder = tmp_path / (named[1] if named else f"run{number}")
+            command += f" train.steps=2 hydra.run.dir={folder}"
         done = subprocess.run(
             command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
             timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         if " train " in command:
-            folder = tmp_path / f"run{number}"
-            for name in ("config.yaml", "metrics.jsonl", "reading.json", "loss.png", "weights"):
+            for name in ("config.yaml", "metrics.jsonl", "reading.json", "loss.png", "checkpoints"):
                 assert (folder / name).exists(), f"{command}: no {name}"
             assert (folder / "prediction.png").stat().st_size > 10_000
             assert list((folder / "wandb").glob("offline-run-*")), "W&B runs offline"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +13,14 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from distributed.watch_ranks import small_run
 
 from axialtrain.launch.local import processes_of_outer_launcher, start
+from axialtrain.train.signals import AGAIN
 
 pytestmark = pytest.mark.slow
+
+HOST = socket.gethostname()
 
 
 def meet(total: int) -> None:
@@ -39,9 +45,11 @@ def crash() -> None:
 
 
 def die() -> None:
+    """Beside a rank that is stopped, which no SIGTERM ends."""
     if os.environ["RANK"] == "1":
+        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wait_long() -> None:
@@ -58,7 +66,7 @@ def test_ranks_meet():
     [
         (refuse, 2, "axialtrain: rank 1: planted"),
         (crash, 1, "ZeroDivisionError: planted"),
-        (die, 1, "axialtrain: rank 1 died: SIGKILL"),
+        (die, 1, f"axialtrain: rank 1 on {HOST} died before its first step: SIGKILL"),
     ],
     ids=["refuses", "crashes", "dies"],
 )
@@ -67,26 +75,104 @@ def test_one_rank_that_fails_ends_all(capfd, fn, status, message):
     assert start(fn, (), 2) == status
     assert time.monotonic() - started < 30
     assert message in capfd.readouterr().err
+    assert multiprocessing.active_children() == []
 
 
-def test_an_interrupt_ends_all():
-    code = "from launch.test_local import *; sys.exit(start(wait_long, (), 2))"
+def test_a_rank_that_dies_in_a_step_is_named(capfd, tmp_path):
+    assert start(small_run, ("die", 0, 10.0, str(tmp_path)), 2) == 1
+    assert capfd.readouterr().err == f"axialtrain: rank 0 on {HOST} died in step 3: SIGKILL\n"
+
+
+def launched(call: str, *, ready: str, count: int) -> subprocess.Popen[str]:
+    """start(`call`) in a process group of its own, once `count` lines `ready` were printed."""
+    code = f"from launch.test_local import *; print('up', flush=True); sys.exit(start({call}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": "tests"},
+        env=os.environ | {"PYTHONPATH": "tests", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     assert process.stdout is not None
-    for _ in range(2):
-        assert process.stdout.readline() == "waiting\n"
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everybody
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in errors
+    seen = 0
+    while seen < count:
+        seen += process.stdout.readline().count(ready)
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit status and what it said, with nothing left of its group."""
+    try:
+        _, errors = process.communicate(timeout=30)
+        for _ in range(50):  # multiprocessing's tracker ends when its parent has
+            if not alive(process.pid):
+                break
+            time.sleep(0.1)
+        assert not alive(process.pid)
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_interrupt_ends_ranks_that_cannot_save():
+    process = launched("wait_long, (), 2", ready="waiting", count=2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everybody
+    status, errors = ended(process)
+    assert status == 130
+    assert errors.count("interrupted by SIGINT: nothing was saved now") == 1
+
+
+@pytest.mark.parametrize(
+    ("to_all", "signals"),
+    [
+        (False, [signal.SIGTERM]),
+        (True, [signal.SIGINT]),  # as a terminal sends it, and once more from the launcher
+        (False, [signal.SIGUSR1, signal.SIGTERM]),  # Slurm's warning, and its end
+    ],
+    ids=["SIGTERM", "Ctrl-C", "Slurm"],
+)
+def test_ranks_that_are_told_to_end_save_and_ask_to_be_started_again(tmp_path, to_all, signals):
+    process = launched(
+        f"small_run, ('none', 0, 20.0, {str(tmp_path)!r}), 2", ready="there", count=2
+    )
+    for number in signals:
+        (os.killpg if to_all else os.kill)(process.pid, number)
+    status, errors = ended(process)
+    assert status == AGAIN
+    assert errors.count(f"axialtrain: told to end by {signals[0].name}: saved step") == 1
+
+
+def test_a_second_signal_ends_ranks_at_once(tmp_path):
+    call = f"small_run, ('none', 0, 60.0, {str(tmp_path)!r}, True), 2"
+    process = launched(call, ready="there", count=2)
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)  # two that are pending together are one
+    os.kill(process.pid, signal.SIGTERM)
+    status, errors = ended(process)
+    assert time.monotonic() - asked < 10
+    assert status == 128 + signal.SIGTERM
+    assert "killed by a second signal after SIGTERM" in errors
+
+
+def test_a_signal_while_ranks_begin_means_start_me_again():
+    process = launched("wait_long, (), 2", ready="up", count=1)
+    time.sleep(0.5)  # they import torch
+    os.kill(process.pid, signal.SIGTERM)
+    status, errors = ended(process)
+    assert status == AGAIN
+    assert "interrupted by SIGTERM: nothing was saved now" in errors
 
 
 def test_who_started_us(monkeypatch):

@@ -156,6 +156,23 @@ def test_what_timm_has_no_place_for_starts_anew():
     assert matching(model, packed, "init=FILE")[1:] == (fresh, ["head.weight", "head.bias"][2:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [[7, 7], [3, 3], [5, 8]], ids=str)
+@pytest.mark.parametrize("which", ["deit", "distilled", "registers, layer scale"])
+def test_positions_of_another_image_size_are_resampled_as_timm_does(which, grid):
+    theirs = timms(which)
+    model = loaded(ours(which, grid=grid), theirs.state_dict())
+    prefix = theirs.num_prefix_tokens
+    want = timm.layers.resample_abs_pos_embed(
+        theirs.pos_embed, new_size=grid, num_prefix_tokens=prefix
+    )[0]
+    got = model.state_dict()
+    torch.testing.assert_close(
+        got["backbone.grid_embed.table"].flatten(0, 1), want[prefix:], rtol=0, atol=1e-6
+    )
+    assert torch.equal(got["backbone.prefix_embed"], want[:prefix])
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -283,7 +300,6 @@ MISMATCHED = {
         ("patches of 32", {"img_size": 128, "embed_dim": 192, "num_heads": 3}),
         "has patch=32, and model.patch=16",
     ),
-    "grid": (("deit", {"img_size": 96}), r"has grid=.6, 6., and model.grid=.4, 4."),
     "bands": (("one band", {"mlp_ratio": 4}), "has bands=1, and model.bands=3"),
     "mlp": (("deit", {"mlp_ratio": 3}), "has mlp_width .*=576, and model.mlp_width .*=768"),
     "distillation token": (("distilled", {}), "has prefix_tokens=2, and model.prefix_tokens=1"),

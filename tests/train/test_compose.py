@@ -59,6 +59,26 @@ def test_any_mesh_is_rows_by_columns(overrides, expected):
     assert composed(*overrides).mesh == expected
 
 
+@pytest.mark.parametrize(("processes", "data"), [(4, 1), (8, 2), (12, 3)])
+def test_replicas_follow_from_the_processes(processes, data):
+    config, _, text = compose_run([SHARDS, "mesh=2x2", "mesh.data=auto"], processes)
+    assert config.mesh == MeshConfig(data, 2, 2)
+    assert yaml.safe_load(text)["mesh"]["data"] == data
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        (6, "mesh.data=auto: 6 processes were started, allowed are multiples of 4"),
+        (2, "mesh.data=auto: 2 processes were started, allowed are multiples of 4"),
+        (None, "mesh.data=auto: needs torchrun or deepspeed, allowed is a whole number"),
+    ],
+)
+def test_processes_that_make_no_whole_replicas(processes, message):
+    with pytest.raises(ValueError, match=message):
+        compose_run([SHARDS, "mesh=2x2", "mesh.data=auto"], processes)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_zero_stage_is_a_number(stage):
     config = composed(f"zero={stage}", "zero.persistence_threshold=7")

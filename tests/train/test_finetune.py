@@ -23,7 +23,7 @@ from axialtrain.data.shard import shard_images
 from axialtrain.models.axialize import axialize
 from axialtrain.models.timm_weights import read_timm
 from axialtrain.train.check import data_of, loader_of
-from axialtrain.train.checkpoint import read_weights
+from axialtrain.train.checkpoint import newest
 from axialtrain.train.compose import compose_run
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_four_times_the_resolution_on_any_mesh(run_on, folder):
     _, lines, out = run_on("2x2", "init=deit.pth")
     assert_alike(lines, expected)
     assert (out / "prediction.png").exists()
-    weights, start = read_weights(out / "weights"), read_timm(str(folder / "deit.pth"), "")
+    weights, start = newest(out).weights(), read_timm(str(folder / "deit.pth"), "")
     for name in ("norm.weight", "blocks.1.mlp.fc1.weight"):  # it went on from there
         moved = (weights[f"backbone.{name}"] - start[name]).norm()
         assert 0 < moved < 0.01 * start[name].norm()

@@ -59,6 +59,7 @@ def test_without_wandb_there_are_lines_and_pictures(nobody, tmp_path):
     track(tmp_path / "run", "disabled")
     assert_left(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "metrics.jsonl",
         "loss.png",
         "prediction.png",
@@ -158,7 +159,57 @@ def test_a_wandb_that_stops_midway_is_dropped(nobody, tmp_path, monkeypatch, cap
     run.finish()
 
 
-def test_two_runs_do_not_share_a_folder(nobody, tmp_path):
-    Tracker(LoggerConfig("disabled"), tmp_path, "mine", "")
-    with pytest.raises(ValueError, match="another run writes there"):
-        Tracker(LoggerConfig("disabled"), tmp_path, "mine", "")
+def quiet(folder, resumed=0):
+    return Tracker(LoggerConfig("disabled"), folder, "mine", "", resumed=resumed)
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    first = quiet(tmp_path)
+    with pytest.raises(ValueError, match=r"hydra\.run\.dir=.*another run writes there"):
+        quiet(tmp_path)
+    first.close()
+    quiet(tmp_path).close()
+
+
+def test_a_resumed_run_drops_the_lines_of_steps_that_it_takes_again(tmp_path):
+    tracker = quiet(tmp_path)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": float(step)})
+    tracker.fault({"step": 1, "fault": "spike"})
+    tracker.fault({"step": 3, "fault": "nonfinite", "loss": float("nan")})
+    assert json.loads((tmp_path / "faults.jsonl").read_text().splitlines()[1])["loss"] == "nan"
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 2, "lo')  # killed in the middle of a line
+
+    tracker = quiet(tmp_path, resumed=2)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
+    assert steps_in(tmp_path / "faults.jsonl") == [1]
+    tracker.log(3, {"loss": float("nan")})
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])["loss"] is None
+    tracker.close()
+
+
+def test_loss_png_says_that_the_run_came_to_its_end(tmp_path):
+    tracker = quiet(tmp_path)
+    assert not tracker.closed
+    tracker.close()
+    tracker = quiet(tmp_path)
+    assert tracker.closed
+    tracker.reopen()
+    assert not tracker.closed
+    tracker.close()
+
+
+def test_wandb_shows_a_resumed_run_as_one(nobody, tmp_path):
+    identities = []
+    for _ in range(2):
+        tracker = Tracker(LoggerConfig("offline"), tmp_path, "mine", "")
+        identities.append(tracker._wandb.id)
+        tracker.close()
+    assert identities[0] == identities[1]

@@ -1,0 +1,211 @@
+"""What a run must not go on from is refused before it starts, in one sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from safetensors.torch import load_file
+
+from axialtrain.cli import main
+from axialtrain.train.checkpoint import newest
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["experiment=quickstart", "model.dim=16", "model.depth=1", "mesh=single", "train.steps=4",
+         "checkpoint.every=2", "logger=none", "data.validation=null"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(axialtrain, small_shards, tmp_path_factory):
+    """A run of four steps, with checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = axialtrain("train", *SMALL, f"data.shards={small_shards}", f"hydra.run.dir={folder}",
+                      cwd=folder.parent)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def refused(finished, small_shards, tmp_path, monkeypatch, capsys):
+    """refused(*overrides, folder=): the one message with which the command ends, as status 2."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def run(*overrides, resume=finished, shards=small_shards):
+        command = ["train", *SMALL, f"data.shards={shards}", f"resume={resume}", *overrides]
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("axialtrain: ")
+        assert not list(tmp_path.glob("runs*")), "nothing was started"
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "here", "there"),
+    [
+        ("model.dim=32", "model.dim", "32", "16"),
+        ("model.heads=2", "model.heads", "2", "4"),
+        (
+            "model.axial_config.pattern=[row]",
+            "model.axial_config.pattern",
+            "['row']",
+            "['row+col']",
+        ),
+        ("model.drop_path=0.5", "model.drop_path", "0.5", "0.0"),
+        ("task.classes=7", "task.classes", "7", "6"),
+        ("optim=sgd", "optim.moments", "['momentum_buffer']", "['exp_avg', 'exp_avg_sq']"),
+        ("seed=1", "seed", "1", "0"),
+        ("train.batch=2", "train.batch", "2", "1"),
+    ],
+)
+def test_another_run(refused, override, key, here, there):
+    said = refused(override)
+    assert f"{key}={here}: " in said
+    assert f"was saved with {there}" in said
+    assert "allowed is the same" in said
+
+
+def test_other_windows(refused):
+    said = refused("data.window=[256,256]")
+    assert "data.window=[256, 256]" in said
+    assert "was saved with None" in said
+    assert "checkpoint.new_data=true" in said
+
+
+def test_other_shards_unless_told(refused, axialtrain, small_shards, finished, tmp_path_factory):
+    from axialtrain.data.scene import draw_scenes
+    from axialtrain.data.shard import shard_images
+
+    folder = tmp_path_factory.mktemp("others")
+    (image, label), *_ = draw_scenes(folder / "scenes", count=1, size=512, seed=7)
+    shard_images([image], folder / "shards", labels=[label], progress=False)
+    said = refused(shards=folder / "shards")
+    assert "data.shards is not what the saved run read" in said
+    assert "checkpoint.new_data=true" in said
+    done = axialtrain(
+        "train", *SMALL, "train.steps=5", f"data.shards={folder / 'shards'}",
+        f"resume={finished}", "checkpoint.new_data=true", "hydra.run.dir=on", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4" in done.stdout
+    assert newest(folder / "on").step == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resume=nowhere", "resume=nowhere: holds no complete checkpoint"),
+        ("resume=what://is/this", "resume=what://is/this: Protocol not known: what"),
+        ("resume=''", "resume is empty: give resume=auto"),
+        ("checkpoint.best=miou", "checkpoint.best=miou: needs data.validation"),
+        ("checkpoint.best=beauty", "checkpoint.best=beauty: allowed are val_loss, miou, accuracy"),
+        ("train.patience=3", "train.patience=3: needs checkpoint.best"),
+        ("train.patience=-1", "train.patience=-1: allowed"),
+        ("train.precision=fp8", "train.precision='fp8': allowed are fp32, bf16"),
+        ("checkpoint.every=-1", "checkpoint.every=-1: allowed are whole numbers from 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0: allowed are whole numbers from 1"),
+        ("checkpoint.on_error=cry", "checkpoint.on_error='cry': allowed are continue and stop"),
+        ("checkpoint.folder=what://x", "checkpoint.folder=what://x: Protocol not known"),
+        ("+model._target_=os.system", "unknown key model._target_"),
+        ("+_target_=os.system", "unknown key _target_"),
+        ("+task._target_=os.system", "unknown key task._target_"),
+    ],
+)
+def test_a_bad_override(refused, override, message):
+    assert message in refused(override)
+
+
+def test_a_folder_that_holds_a_run(refused, finished):
+    said = refused(f"hydra.run.dir={finished}")
+    assert "holds the metrics.jsonl of a run" in said
+    assert "resume=auto" in said
+
+
+def test_checkpoints_of_another_run(refused, finished):
+    said = refused(f"checkpoint.folder={finished / 'checkpoints'}")
+    assert f"checkpoint.folder={finished / 'checkpoints'}: holds checkpoints of a run" in said
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "checkpoint.folder"])
+def test_a_folder_that_cannot_be_written_to(refused, key, tmp_path_factory):
+    """Mounted for reading only: it may be root who tests."""
+    folder = tmp_path_factory.mktemp("readonly")
+    options = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", folder]
+    mounted = subprocess.run(options, capture_output=True, text=True, timeout=10, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount: {mounted.stderr.strip()}")
+    try:
+        said = refused(f"{key}={folder}/run")
+        assert f"{key}={folder}/run: {folder} is not a folder that can be written to" in said
+    finally:
+        subprocess.run(["umount", folder], timeout=10, check=True)
+
+
+# --- Damage, and what strangers put there ---------------------------------------------------------
+
+
+@pytest.fixture
+def copy(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy") / "run"
+    shutil.copytree(finished, folder)
+    return folder
+
+
+def test_damage_falls_back_and_goes_on_to_the_same_end(
+    axialtrain, small_shards, copy, finished, tmp_path
+):
+    """As after a disk that gave other bits back: nobody has to delete anything."""
+    (weights,) = (copy / "checkpoints" / "step-00000004").glob("model-*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    (copy / "checkpoints" / "step-00000003").mkdir()  # half written
+    done = axialtrain("train", *SMALL, f"data.shards={small_shards}", f"hydra.run.dir={copy}",
+                      "resume=auto", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"damaged, and passed over: {weights}: its checksum" in done.stderr
+    assert "going on from step 2" in done.stdout
+    names = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004"]
+    expected = finished / "checkpoints" / "step-00000004" / weights.name
+    assert load_file(weights).keys() == load_file(expected).keys()
+    assert all((load_file(expected)[n] == value).all() for n, value in load_file(weights).items())
+
+
+def test_nothing_whole_is_not_nothing(axialtrain, small_shards, copy, tmp_path):
+    for state in (copy / "checkpoints").glob("*/state.json"):
+        state.write_bytes(state.read_bytes()[:-5])
+    done = axialtrain("train", *SMALL, f"data.shards={small_shards}", f"hydra.run.dir={copy}",
+                      "resume=auto", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2
+    assert "is whole: to begin anew, give another hydra.run.dir" in done.stderr
+    assert len(list((copy / "checkpoints").iterdir())) == 2, "nothing was cleared away"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"_target_": "os.system"}}, "model._target_"),
+        ({"model": None}, "model="),
+        ({"task": "os.system"}, "task="),
+        ({"updates": "many"}, "updates is 'many', allowed is 0 to 4"),
+        ({"step": 2, "updates": 2}, "step 2 and its samples do not go together"),
+        ({"losses": "none"}, "does not say where its run stands"),
+        ({"metrics": [1]}, "does not say where its run stands"),
+        ({"data": {}}, "does not say where its data stands"),
+    ],
+)
+def test_a_state_of_strangers(refused, copy, change, message, tmp_path, monkeypatch):
+    """Valid JSON under a valid checksum, but not what we write: never instantiated."""
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
+    state = copy / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    assert message in refused(resume=state.parent)
