@@ -87,7 +87,9 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     task = task_of(config)
     with torch.device("meta"):
         model = task.build(AxialTransformer(config.model))
-    start_of(model, config)
+    saved, _ = found(config, folder, verify=False)
+    if saved is None:
+        start_of(model, config, verify=False)
     if isinstance(task, Classification):
         task.check(config.model)
     _check_best(config, task.metrics)
@@ -119,7 +121,6 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                 config.model.check_grid(*grid)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
-    saved, _ = found(config, folder, verify=False)
     if saved is not None:
         loader = loader_of(config, shards_of["data.shards"], at=(0, 0), data_rank=0)
         check_fits(saved, config, loader)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -52,6 +53,10 @@ def moment_name(name: str, key: str) -> str:
     return f"{key}/{name}"
 
 
+class OtherFormatError(ValueError):
+    """Not damaged: written by another version, which may read it."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A complete checkpoint. step: optimizer steps taken. state: what state.json holds.
@@ -77,40 +82,27 @@ class Saved:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Tensors]:
-        """The tensors, read as they are asked for; from a URL, by way of a temporary folder."""
+        """The tensors, read as they are asked for."""
         with contextlib.ExitStack() as stack:
-            path = self.folder.local
-            if path is None:
-                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="axialtrain-")))
-                for name in self.files:
-                    (path / name).write_bytes(self._read(name))
-            yield Tensors(path, stack)
+            yield Tensors(self, stack)
 
     def check(self) -> None:
         """Read every file, and compare it with its checksum."""
         for name in self.files:
-            self._read(name)
+            self.content(name)
 
-    def _read(self, name: str) -> bytes:
-        size, checksum = self.files[name]
-        try:
-            content = self.folder.read(name)
-        except FileNotFoundError as error:
-            raise ValueError(f"{self.where}/{name}: is not there") from error
-        if len(content) != size:
-            raise ValueError(f"{self.where}/{name}: has {len(content)} bytes, not {size}")
-        if google_crc32c.value(content) != checksum:
-            raise ValueError(f"{self.where}/{name}: its checksum is not what was written")
-        return content
+    def content(self, name: str) -> bytes:
+        """Of a file, compared with its size and checksum."""
+        return _content(self.folder, name, self.files[name])
 
 
 class Tensors:
-    """The tensors in the folder `path`, by name; open as long as `stack` is."""
+    """The tensors of a checkpoint, by name; its files are open as long as `stack` is."""
 
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self._path = path
+    def __init__(self, saved: Saved, stack: contextlib.ExitStack) -> None:
+        self._saved = saved
         self._stack = stack
-        self._file_of = {kind: _index(path / index_of(kind)) for kind in (WEIGHTS, MOMENTS)}
+        self._file_of = {kind: _index(saved, index_of(kind)) for kind in (WEIGHTS, MOMENTS)}
         self._open: dict[str, Any] = {}
 
     @property
@@ -141,27 +133,39 @@ class Tensors:
     @contextlib.contextmanager
     def _named(self, kind: str, name: str) -> Iterator[Any]:
         if name not in self._file_of[kind]:
-            raise ValueError(f"{self._path / index_of(kind)}: has no {name}")
-        path = self._path / self._file_of[kind][name]
+            raise ValueError(f"{self._saved.where}/{index_of(kind)}: has no {name}")
+        file = self._file_of[kind][name]
         try:
-            if path.name not in self._open:
-                opened = safe_open(path, framework="pt")
-                self._open[path.name] = self._stack.enter_context(opened)
-            yield self._open[path.name]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            if file not in self._open:
+                opened = safe_open(self._path(file), framework="pt")
+                self._open[file] = self._stack.enter_context(opened)
+            yield self._open[file]
+        except SafetensorError as error:
+            raise ValueError(f"{self._saved.where}/{file}: {error}") from error
+
+    def _path(self, file: str) -> Path:
+        """Of the file, or of a copy without a name, which cannot be left behind."""
+        local = self._saved.folder.local
+        if local is not None:
+            return local / file
+        copy = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        copy.write(self._saved.content(file))
+        copy.flush()
+        return Path(f"/proc/self/fd/{copy.fileno()}")
 
 
-def newest(where: str | Path, *, best: bool = False) -> Saved:
+def newest(where: str | Path, *, best: bool = False, verify: bool = True) -> Saved:
     """The newest complete checkpoint of a run, or the one that validation found best.
 
     where: a run's folder, the folder of its checkpoints, or one checkpoint: a path or a URL. One
     that is damaged is passed over for the one before, with a warning.
     Raises ValueError, naming `where`, if there is none, OSError if the place does not answer.
     """
-    found, problems = find(where, best=best)
+    found, problems = find(where, best=best, verify=verify)
     if found is None:
-        raise ValueError("; ".join(problems) or f"{where}: holds no complete checkpoint")
+        elsewhere = kept_in(Path(where)) if "://" not in str(where) else None
+        hint = f" (its run keeps them in {elsewhere})" if elsewhere else ""
+        raise ValueError("; ".join(problems) or f"{where}: holds no complete checkpoint{hint}")
     for problem in problems:
         LOG.warning("%s", problem)
     return found
@@ -173,7 +177,8 @@ def find(
     """As `newest`: (the checkpoint or None, what is wrong with those that were passed over).
 
     verify: read all of it, and compare the checksums.
-    Raises OSError if the place does not answer: what cannot be read now is not damaged.
+    Raises OSError if the place does not answer: what cannot be read now is not damaged; and
+    OtherFormatError for what another version has written, which is not damaged either.
     """
     folder = Folder(where)
     if folder.has(MARKER):
@@ -188,13 +193,24 @@ def find(
             saved = _best_of(read(candidate), candidates) if best else read(candidate)
             if verify:
                 saved.check()
+        except OtherFormatError:
+            raise
         except ValueError as error:
-            problems.append(f"damaged, and passed over: {error}" if not best else str(error))
-            if best:
-                break
+            problems.append(str(error) if best else f"damaged, and passed over: {error}")
         else:
             return saved, problems
     return None, problems
+
+
+def kept_in(run_folder: Path) -> str | None:
+    """Where the run in that folder keeps its checkpoints, by its config.yaml; None where it has
+    none, or does not say."""
+    try:
+        config = yaml.safe_load((run_folder / "config.yaml").read_text())
+        folder = config["checkpoint"]["folder"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return None
+    return str(run_folder / FOLDER) if folder is None else str(folder)
 
 
 def _best_of(saved: Saved, candidates: Sequence[Folder]) -> Saved:
@@ -225,20 +241,20 @@ def read(folder: Folder) -> Saved:
     """
     marker = _json(folder, MARKER)
     files = marker.get("files")
-    if marker.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}/{MARKER}: format is {marker.get('format')!r}, allowed is {FORMAT}"
-        )
+    if (version := marker.get("format")) != FORMAT:
+        said = f"{folder}/{MARKER}: format is {version!r}, allowed is {FORMAT}"
+        raise OtherFormatError(said) if isinstance(version, int) else ValueError(said)
     if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
         raise ValueError(f"{folder}/{MARKER}: files is no list of names, sizes and checksums")
     for needed in (STATE, index_of(WEIGHTS), index_of(MOMENTS)):
         if needed not in files:
             raise ValueError(f"{folder}/{MARKER}: does not list {needed}")
-    state = _json(folder, STATE)
+    every = {name: (size, checksum) for name, (size, checksum) in files.items()}
+    state = _object(_content(folder, STATE, every[STATE]), f"{folder}/{STATE}")
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"{folder}/{STATE}: step is {step!r}, allowed is a whole number from 0")
-    return Saved(folder, step, {name: (size, crc) for name, (size, crc) in files.items()}, state)
+    return Saved(folder, step, every, state)
 
 
 def _complete(folder: Folder, step: int) -> bool:
@@ -255,38 +271,51 @@ def _is_entry(name: object, entry: object) -> bool:
     )
 
 
+def _content(folder: Folder, name: str, entry: tuple[int, int]) -> bytes:
+    """Of a file, compared with its size, before it is read, and checksum."""
+    size, checksum = entry
+    try:
+        found = folder.size(name)
+        content = folder.read(name, size) if found == size else b""
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}/{name}: is not there") from error
+    if found != size or len(content) != size:
+        raise ValueError(f"{folder}/{name}: has {found} bytes, not {size}")
+    if google_crc32c.value(content) != checksum:
+        raise ValueError(f"{folder}/{name}: its checksum is not what was written")
+    return content
+
+
 def _json(folder: Folder, name: str) -> dict[str, Any]:
     """An object that may come from anyone."""
     try:
-        if folder.size(name) > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        return _object(folder.read(name))
+        content = folder.read(name, LARGEST_JSON + 1)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}/{name}: is not there") from error
+    return _object(content, f"{folder}/{name}")
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"{where}: larger than {LARGEST_JSON} bytes")
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}/{name}: {error}") from error
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    value = json.loads(content)
+        raise ValueError(f"{where}: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError(f"{where}: not a JSON object")
     return value
 
 
-def _index(path: Path) -> dict[str, str]:
+def _index(saved: Saved, name: str) -> dict[str, str]:
     """The file that each tensor is in."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        files = _object(path.read_bytes()).get("weight_map")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    where = f"{saved.where}/{name}"
+    files = _object(saved.content(name), where).get("weight_map")
     if not isinstance(files, dict):
-        raise ValueError(f"{path}: has no weight_map")
+        raise ValueError(f"{where}: has no weight_map")
     for file in files.values():
-        if not isinstance(file, str) or not _ENTRY.fullmatch(file):
-            raise ValueError(f"{path}: {file!r} is not the name of a file beside it")
+        if not isinstance(file, str) or not _ENTRY.fullmatch(file) or file not in saved.files:
+            raise ValueError(f"{where}: {file!r} is not the name of a file beside it")
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {file!r} is not a safetensors file")
+            raise ValueError(f"{where}: {file!r} is not a safetensors file")
     return files

@@ -65,6 +65,9 @@ def compose_run(
     if filling:
         composed.mesh.data = 1
         composed.mesh.data = _data_ranks(_checked(composed).mesh, processes)
+    where = composed.checkpoint.folder
+    if where is not None and "://" not in str(where):
+        composed.checkpoint.folder = str(Path(where).absolute())
     config = _checked(composed)
     chosen = any(override.startswith("hydra.run.dir=") for override in overrides)
     if config.resume == "auto" and not chosen:

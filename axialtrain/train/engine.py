@@ -29,51 +29,11 @@ from axialtrain.train import fragments
 from axialtrain.train.config import OptimConfig, ZeroConfig
 from axialtrain.train.fragments import Fragment
 from axialtrain.train.optimizer import create_moments, moment_keys, torch_optimizer
+from axialtrain.train.topology import Topology
 
 # Elements of the buffers in which DeepSpeed sums gradients and gathers weights. It allocates them
 # whole, whatever the size of the model; its default of 5e8 would be 2 GB.
 BUCKET = 2**24
-
-
-class _Topology:
-    """The mesh as DeepSpeed asks for it (its `mpu`).
-
-    It decides by `hasattr` what it is dealing with: a getter more, and it computes other gradients.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._tensor = mesh.tensor
-        self._replicas = mesh.replicas
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._tensor.handle
-
-    def get_model_parallel_rank(self) -> int:
-        return self._tensor.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._tensor.size
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._tensor.handle
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._tensor.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._tensor.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._replicas.handle
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self._replicas.ranks)
-
-    def get_data_parallel_rank(self) -> int:
-        return self._replicas.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._replicas.size
 
 
 class Engine:
@@ -85,7 +45,8 @@ class Engine:
     fp32 masters and moments in the optimizer. Neither needs a loss scale.
 
     The objective is the mean over ranks outside the tensor axis, and over the micro-batches of a
-    step, of each one's loss. All methods but train, eval and close are collective.
+    step, of each one's loss. Buffers must be equal on all ranks, as what is saved is one rank's.
+    All methods but train, eval and close are collective.
     DeepSpeed keeps the mesh in a module global: one engine at a time in a process, and `close` at
     its end.
 
@@ -126,7 +87,7 @@ class Engine:
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer(model, optim),
-            mpu=_Topology(mesh),
+            mpu=Topology(mesh),
             config={
                 # Never train_batch_size: DeepSpeed would derive one of the others from it.
                 "train_micro_batch_size_per_gpu": micro_batch,
@@ -159,7 +120,7 @@ class Engine:
             if name in exact and fragment is not None:
                 # At ZeRO 0 it has also taken a step of weight decay with them.
                 fragment.master.copy_(exact[name].reshape(-1)[fragment.part])
-        # What is not trained has no master: its exact value stays here.
+        # What is not trained has no master.
         self._frozen = {n: value for n, value in exact.items() if n not in self._fragments}
         del exact
         held = [fragment.flat for fragment in self._fragments.values() if fragment is not None]
@@ -229,7 +190,6 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """1: neither fp32 nor bf16 needs one."""
         return 1.0 if self._plain else float(self._optimizer.loss_scale)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,8 @@ from axialtrain.mesh.collectives import gather_objects, max_over
 from axialtrain.train.alike import BadStepError
 from axialtrain.train.checkpoint import find
 from axialtrain.train.faults import policy_of, told
-from axialtrain.train.resume import agreed, state_of, take_over
+from axialtrain.train.progress import Progress
+from axialtrain.train.resume import agreed, pixels_of, state_of, take_over
 from axialtrain.train.save import Checkpoints
 from axialtrain.train.signals import Interrupted, Signals
 
@@ -38,9 +39,10 @@ class Keeper:
         self._saved: int | None = None  # the last step that was saved, or tried
 
     def begin(self, run: Run) -> None:
-        """Save before the first step, where a fault may ask for what was before it."""
+        """Save before the first step what a fault may ask for, or what came from another folder:
+        a run that is killed now must find it in its own."""
         policies = (run.config.faults.nonfinite, run.config.faults.spike)
-        if "rollback" in policies and self._checkpoints.empty:
+        if ("rollback" in policies or run.progress.step > 0) and self._checkpoints.empty:
             self._save(run, wait=True, must=True)
 
     def stalled(self) -> float:
@@ -123,6 +125,7 @@ class Keeper:
                 said = "; ".join(problems) or "there is none"
                 raise BadStepError(f"{what}. No checkpoint to go back to: {said}")
             take_over(saved, run.engine)
+            progress.losses = Progress.of_state(saved.state, saved.where).losses
             done += f", and the model is again that of step {saved.step}"
         if run.tracker is not None:
             LOG.warning("%s; %s", what, done)
@@ -158,6 +161,7 @@ def _state(run: Run) -> dict[str, Any]:
         "loss_scale": run.engine.loss_scale,
         "schedule": {**asdict(config.schedule), "lr": config.optim.lr, "steps": config.train.steps},
         "data": {
+            **pixels_of(config),
             "order": json.loads(run.loader.state(step).to_json()),
             "windows": [config.data.window, len(run.loader.windows)],
         },

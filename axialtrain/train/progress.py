@@ -13,7 +13,7 @@ class Progress:
 
     step: optimizer steps taken, those that were left out too: the next one to take.
     left_out: batches that were left out for a fault. losses: of the last steps, for spikes.
-    best, best_step: of the metric that `checkpoint.best` names. worse: validations since then.
+    best, best_step: of the metric best_of, which `checkpoint.best` names. worse: validations since.
     early: whether the run ended because of `train.patience`.
     metrics: of the last step.
     """
@@ -23,12 +23,16 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
+    best_of: str | None = None
     worse: int = 0
     early: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
     def judge(self, name: str, value: float) -> bool:
         """Whether the metric `name` is the best so far: a loss is to be low, all else high."""
+        if name != self.best_of:
+            self.forget_best()
+            self.best_of = name
         better = self.best is None or (
             value < self.best if name.endswith("loss") else value > self.best
         )
@@ -38,6 +42,9 @@ class Progress:
         else:
             self.worse += 1
         return better
+
+    def forget_best(self) -> None:
+        self.best, self.best_step, self.best_of, self.worse = None, None, None, 0
 
     def to_state(self) -> dict[str, Any]:
         """JSON values."""
@@ -56,6 +63,9 @@ class Progress:
             for count in (progress.step, progress.left_out, progress.worse):
                 if not isinstance(count, int) or count < 0:
                     raise ValueError(f"{count!r} stands where a whole number belongs")
+            if progress.best_step is not None and not isinstance(progress.best_step, int):
+                raise ValueError(f"{progress.best_step!r} stands where a step belongs")
+            progress.best = None if progress.best is None else float(progress.best)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{where}: does not say where its run stands: {error!r}") from error
         return progress

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from axialtrain.data.loader import Loader
 from axialtrain.data.order import OrderState
 from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Group
 from axialtrain.train.alike import RefusedError
-from axialtrain.train.checkpoint import FOLDER, Saved, Tensors, find, moment_name, read
+from axialtrain.train.checkpoint import (
+    FOLDER,
+    Saved,
+    Tensors,
+    find,
+    kept_in,
+    moment_name,
+    read,
+)
 from axialtrain.train.config import RunConfig
 from axialtrain.train.optimizer import moment_keys
 from axialtrain.train.progress import Progress
@@ -20,6 +28,8 @@ from axialtrain.train.storage import Folder
 
 if TYPE_CHECKING:  # what is refused is refused before DeepSpeed is imported
     from axialtrain.train.engine import Engine
+
+T = TypeVar("T")
 
 
 def folder_of(config: RunConfig, run_folder: Path) -> str:
@@ -38,6 +48,12 @@ def found(config: RunConfig, run_folder: Path, *, verify: bool) -> tuple[Saved |
         return None, []
     if config.resume == "auto":
         folder = folder_of(config, run_folder)
+        before = kept_in(run_folder)
+        if before is not None and before != folder:
+            raise ValueError(
+                f"checkpoint.folder={config.checkpoint.folder}: the run in {run_folder} keeps its "
+                f"checkpoints in {before}, allowed is the same"
+            )
         saved, problems = find(folder, verify=verify)
         if saved is None and problems:
             raise ValueError(
@@ -62,17 +78,30 @@ def agreed(
 
     Raises RefusedError, on every rank, where it raises ValueError or OSError there.
     """
-    told: tuple[str | None, list[str], str] = (None, [], "")
+
+    def here() -> tuple[str | None, list[str]]:
+        saved, problems = look()
+        return (saved.where if saved else None), problems
+
+    where, problems = told(here, world)
+    return (None if where is None else read(Folder(where))), problems
+
+
+def told(ask: Callable[[], T], world: Group) -> T:
+    """What `ask` returns on rank 0, which alone calls it, on every rank. Collective.
+
+    Raises RefusedError, on every rank, where it raises ValueError or OSError there.
+    """
+    answer: tuple[T | None, str] = (None, "")
     if world.rank == 0:
         try:
-            saved, problems = look()
-            told = (saved.where if saved else None, problems, "")
+            answer = (ask(), "")
         except (ValueError, OSError) as error:
-            told = (None, [], str(error))
-    where, problems, wrong = gather_objects(told, world)[0]
+            answer = (None, str(error) or type(error).__name__)
+    value, wrong = gather_objects(answer, world)[0]
     if wrong:
         raise RefusedError(wrong)
-    return (None if where is None else read(Folder(where))), problems
+    return cast(T, value)
 
 
 def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
@@ -82,9 +111,11 @@ def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
     Raises ValueError that names the key, the value and what is allowed.
     """
     state, where = saved.state, saved.where
-    for key, mine in state_of(config).items():
-        for name, (here, there) in _differences(key, mine, state.get(key)).items():
-            raise ValueError(f"{name}={here}: {where} was saved with {there}, allowed is the same")
+    mine = {**state_of(config), "data": pixels_of(config)}
+    theirs = {key: state.get(key) for key in mine}
+    theirs["data"] = _part_of(state.get("data"), mine["data"])
+    for name, (here, there) in _differences("", mine, theirs).items():
+        raise ValueError(f"{name}={here}: {where} was saved with {there}, allowed is the same")
     Progress.of_state(state, where)
     updates = state.get("updates")
     if not isinstance(updates, int) or not 0 <= updates <= saved.step:
@@ -120,6 +151,11 @@ def state_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def pixels_of(config: RunConfig) -> dict[str, Any]:
+    """How pixels become numbers."""
+    return {"mean": config.data.mean, "std": config.data.std}
+
+
 def take_over(saved: Saved, engine: Engine) -> None:
     """Weights, moments and buffers of `saved`, into an engine on any mesh.
 
@@ -149,6 +185,11 @@ def _differences(key: str, here: Any, there: Any) -> dict[str, tuple[Any, Any]]:
     if isinstance(here, Mapping) and isinstance(there, Mapping):
         found: dict[str, tuple[Any, Any]] = {}
         for name in here.keys() | there.keys():
-            found |= _differences(f"{key}.{name}", here.get(name), there.get(name))
+            path = f"{key}.{name}" if key else name
+            found |= _differences(path, here.get(name), there.get(name))
         return dict(sorted(found.items()))
     return {} if here == there else {key: (here, there)}
+
+
+def _part_of(values: Any, like: Mapping[str, Any]) -> Any:
+    return {key: values.get(key) for key in like} if isinstance(values, Mapping) else values

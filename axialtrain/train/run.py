@@ -27,7 +27,7 @@ from axialtrain.train.keep import Keeper
 from axialtrain.train.loop import Run, picture, reading, report, train
 from axialtrain.train.progress import Progress
 from axialtrain.train.recorder import record_collectives
-from axialtrain.train.resume import agreed, check_fits, folder_of, found, take_over
+from axialtrain.train.resume import agreed, check_fits, folder_of, found, take_over, told
 from axialtrain.train.save import Checkpoints
 from axialtrain.train.signals import Interrupted, Signals
 from axialtrain.train.start import pinned, start_of
@@ -66,6 +66,9 @@ def run(
     with closing(Signals()) as signals:
         record_collectives(folder / FLIGHT)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store over a restart, with the addresses of ranks that are dead.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start/{restarts}/{world}", store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
         watch = Watch(store, rank, world, timeout=config.launcher.timeout, folder=folder / FLIGHT)
         try:
@@ -100,6 +103,7 @@ def _run(
     )
     # Each rank's ${now:} gives another folder: rank 0's is everybody's.
     folder = gather_objects(folder, mesh.world)[0]
+    watch.folder = folder / FLIGHT
     saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
     first = mesh.world.rank == 0
     tracker, refused = None, ""
@@ -131,8 +135,8 @@ def _run(
     model = task.build(AxialTransformer(config.model))
     if saved is None:
         # A run that goes on may have a newer checkpoint for the next rank that looks.
-        config = replace(config, init=gather_objects(pinned(config), mesh.world)[0])
-        given, fresh, unused = start_of(model, config)
+        config = replace(config, init=told(lambda: pinned(config), mesh.world))
+        given, fresh, unused = start_of(model, config, verify=False)
         model.load_state_dict(given, strict=False)
         del given  # a second model
         for names, what in ((fresh, "not in it, and drawn anew"), (unused, "in it, and not used")):
@@ -152,7 +156,11 @@ def _run(
     if saved is not None:
         take_over(saved, engine)
     checkpoints = Checkpoints(Folder(folder_of(config, folder)), config.checkpoint, mesh.world)
-    checkpoints.start(_resumed_here(saved, checkpoints.folder))
+    progress = Progress() if saved is None else Progress.of_state(saved.state, saved.where)
+    here = _resumed_here(saved, checkpoints.folder)
+    if here is None:
+        progress.forget_best()  # that of another run, if there is one, is not in this folder
+    checkpoints.start(here, progress.best_step)
     parts = Run(
         config,
         mesh,
@@ -164,7 +172,7 @@ def _run(
         device,
         Keeper(checkpoints, signals),
         watch,
-        Progress() if saved is None else Progress.of_state(saved.state, saved.where),
+        progress,
     )
     # As the config says now, which may wait longer than that of the run that ended.
     parts.progress.early = 0 < config.train.patience <= parts.progress.worse

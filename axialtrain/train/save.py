@@ -36,6 +36,7 @@ from axialtrain.train.storage import Folder
 
 LOG = logging.getLogger(__name__)
 
+PROBE = "probe"
 Files = dict[str, tuple[int, int]]  # bytes and CRC-32C, by name
 
 
@@ -63,6 +64,7 @@ class Checkpoints:
         self._world = world
         self._writing: _Writing | None = None
         self._complete: list[int] = []
+        self._best: int | None = None  # the best step that was saved
 
     @property
     def under_way(self) -> bool:
@@ -79,15 +81,19 @@ class Checkpoints:
         """Whether there is none yet. Known to rank 0 first, and told to all."""
         return gather_objects(not self._complete, self._world)[0]
 
-    def start(self, resumed: int | None) -> None:
+    def start(self, resumed: int | None, best: int | None = None) -> None:
         """Clear away what a run that was killed left half written, and what is damaged.
 
         resumed: the step of the checkpoint here that the run goes on from; later ones are damaged.
+        best: the best step until then.
         """
 
         def clear() -> None:
             self.folder.make()
+            self.folder.write(PROBE, b"")  # a bucket, or a disk, that takes nothing
+            self.folder.remove(PROBE)
             self._complete = steps_in(self.folder)
+            self._best = best
             for step in all_steps_in(self.folder):
                 if step not in self._complete or (resumed is not None and step > resumed):
                     self._remove(step)
@@ -166,11 +172,13 @@ class Checkpoints:
             except NotSavedError as second:
                 raise NotSavedError(f"{error}; {second}") from error
             raise
-        self._on_first(lambda: self._thin_out(writing.best), "old checkpoints")
+        if writing.best is not None and writing.best in self._complete:
+            self._best = writing.best
+        self._on_first(self._thin_out, "old checkpoints")
         return folder.url
 
-    def _thin_out(self, best: int | None) -> None:
-        stay = kept(self._complete, self._config, best)
+    def _thin_out(self) -> None:
+        stay = kept(self._complete, self._config, self._best)
         for step in [step for step in self._complete if step not in stay]:
             try:
                 self._remove(step)

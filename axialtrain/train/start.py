@@ -26,10 +26,13 @@ LARGEST_JSON = 2**16  # characters in which a file describes its model; ours tak
 _OF_HEADS = ("name", "classes", "cells")
 
 
-def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], list[str], list[str]]:
+def start_of(
+    model: nn.Module, config: RunConfig, *, verify: bool = True
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The weights that `init` gives to the model, the names of those that are drawn anew, and of
     those that the model has no place for.
 
+    verify: compare the checksums of a checkpoint.
     Raises ValueError, naming `init` and what differs, where they do not fit.
     """
     if config.init is None:
@@ -38,7 +41,7 @@ def start_of(model: nn.Module, config: RunConfig) -> tuple[dict[str, Tensor], li
     of_model: Any
     of_task: Any
     if _of_run(config.init):
-        saved = _newest(config.init, where)
+        saved = _newest(config.init, where, verify=verify)
         state, of_model, of_task = (
             saved.weights(),
             saved.state.get("model"),
@@ -78,9 +81,9 @@ def _of_run(init: str) -> bool:
     return not init.startswith("timm:") and ("://" in init or Path(init).is_dir())
 
 
-def _newest(init: str, where: str) -> checkpoint.Saved:
+def _newest(init: str, where: str, *, verify: bool = True) -> checkpoint.Saved:
     try:
-        return checkpoint.newest(init)
+        return checkpoint.newest(init, verify=verify)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

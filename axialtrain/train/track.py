@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import os
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ LOG = logging.getLogger(__name__)
 METRICS, FAULTS = "metrics.jsonl", "faults.jsonl"
 LOCK = ".lock"
 LOSS = "loss.png"
+PATIENCE = 5.0  # s that a killed run may take to be gone
 WANDB_ID = ".wandb-id"
 MODES = ("auto", "offline", "online", "disabled")
 
@@ -58,6 +61,7 @@ class Tracker:
     ) -> None:
         self.folder = folder
         self._lock = _hold(folder)
+        self._warned = False
         self._losses: list[tuple[int, float]] = []
         for line in _cut(folder / METRICS, resumed):
             if line.get("loss") is not None:
@@ -76,8 +80,9 @@ class Tracker:
         (self.folder / LOSS).unlink(missing_ok=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
-        self._lines.flush()
+        with self._spared():
+            self._lines.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
+            self._lines.flush()
         if math.isfinite(metrics["loss"]):
             self._losses.append((step, metrics["loss"]))
         self._to_wandb(lambda run: run.log(metrics, step=step))
@@ -88,14 +93,25 @@ class Tracker:
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in what.items()
         }
-        with (self.folder / FAULTS).open("a") as lines:
+        with self._spared(), (self.folder / FAULTS).open("a") as lines:
             lines.write(json.dumps(plain) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
 
     def sync(self) -> None:
         """The lines so far last, whatever happens to the machine."""
-        os.fsync(self._lines.fileno())
+        with self._spared():
+            os.fsync(self._lines.fileno())
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Lines that cannot be written do not end a run whose checkpoints may lie elsewhere."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                LOG.warning("%s: lines are lost, the run goes on: %s", self.folder, error)
+            self._warned = True
 
     def prediction(self, panels: list[Panel], title: str) -> Path:
         """The panels side by side, prediction.png."""
@@ -115,7 +131,8 @@ class Tracker:
         """Draw loss.png and end the W&B run."""
         from matplotlib.figure import Figure
 
-        self._lines.close()
+        with self._spared():
+            self._lines.close()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         if self._losses:
@@ -152,8 +169,16 @@ class Tracker:
 def _hold(folder: Path) -> IO[str]:
     """Keep other runs out of the folder; the lock goes with the process, however it ends."""
     lock = (folder / LOCK).open("a")
+    end = time.monotonic() + PATIENCE
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
     except BlockingIOError as error:
         lock.close()
         raise ValueError(f"hydra.run.dir={folder}: another run writes there") from error

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 
+import google_crc32c
 import pytest
 from safetensors.torch import load_file
 
 from axialtrain.cli import main
-from axialtrain.train.checkpoint import newest
+from axialtrain.train.checkpoint import find, newest
+from axialtrain.train.export import export
+from axialtrain.train.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,7 @@ def refused(finished, small_shards, tmp_path, monkeypatch, capsys):
         ("task.classes=7", "task.classes", "7", "6"),
         ("optim=sgd", "optim.moments", "['momentum_buffer']", "['exp_avg', 'exp_avg_sq']"),
         ("seed=1", "seed", "1", "0"),
+        ("data.mean=0.9", "data.mean", "0.9", "0.5"),
         ("train.batch=2", "train.batch", "2", "1"),
     ],
 )
@@ -190,6 +194,83 @@ def test_nothing_whole_is_not_nothing(axialtrain, small_shards, copy, tmp_path):
     assert len(list((copy / "checkpoints").iterdir())) == 2, "nothing was cleared away"
 
 
+def goes_on(axialtrain, shards, cwd, *overrides, status=0):
+    done = axialtrain("train", *SMALL, f"data.shards={shards}", *overrides, cwd=cwd)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_a_state_with_another_bit_is_damage_too(copy):
+    state = copy / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(state.read_text().replace('"seed": 0', '"seed": 1'))
+    saved, (problem,) = find(copy)
+    assert saved.step == 2
+    assert f"{state}: its checksum is not what was written" in problem
+
+
+def test_what_another_version_wrote_is_no_damage(refused, copy):
+    marker = copy / "checkpoints" / "step-00000004" / "checkpoint.json"
+    marker.write_text(marker.read_text().replace('"format": 1', '"format": 2'))
+    said = refused(f"hydra.run.dir={copy}", resume="auto")
+    assert "format is 2, allowed is 1" in said
+    assert marker.exists()
+
+
+def test_files_larger_than_they_say_are_not_read(copy, monkeypatch):
+    (weights,) = (copy / "checkpoints" / "step-00000004").glob("model-*.safetensors")
+    with weights.open("r+b") as file:
+        file.truncate(2**40)  # sparse
+    saved, (problem,) = find(copy)
+    assert saved.step == 2
+    assert f"{weights}: has {2**40} bytes" in problem
+    state = copy / "checkpoints" / "step-00000002" / "state.json"
+    state.unlink()
+    state.symlink_to("/dev/zero")
+    assert find(copy)[0] is None
+
+
+def test_checkpoints_in_another_place_than_before(refused, copy, tmp_path):
+    said = refused(f"hydra.run.dir={copy}", "checkpoint.folder=elsewhere", resume="auto")
+    assert f"checkpoint.folder={tmp_path / 'elsewhere'}: the run in {copy} keeps" in said
+    assert f"its checkpoints in {copy / 'checkpoints'}, allowed is the same" in said
+
+
+def test_a_run_from_another_has_its_first_checkpoint_at_once(
+    axialtrain, small_shards, finished, tmp_path
+):
+    """Killed right then, it goes on by itself; and a best step of the other run is not its own."""
+    goes_on(
+        axialtrain, small_shards, tmp_path, f"resume={finished}", "hydra.run.dir=new",
+        "checkpoint.every=0", "train.steps=5",
+    )  # fmt: skip
+    steps = [path.name for path in (tmp_path / "new" / "checkpoints").iterdir()]
+    assert sorted(steps) == ["step-00000004", "step-00000005"]
+    shutil.rmtree(tmp_path / "new" / "checkpoints" / "step-00000005")
+    done = goes_on(
+        axialtrain, small_shards, tmp_path, "resume=auto", "hydra.run.dir=new", "train.steps=5"
+    )
+    assert "going on from step 4" in done.stdout
+
+
+def test_going_on_needs_nothing_of_what_it_began_with(axialtrain, small_shards, finished, tmp_path):
+    assert "step 4" in export(str(finished), tmp_path / "start.safetensors")
+    run = ["init=start.safetensors", "hydra.run.dir=new"]
+    goes_on(axialtrain, small_shards, tmp_path, *run, "train.steps=2")
+    (tmp_path / "start.safetensors").unlink()
+    goes_on(axialtrain, small_shards, tmp_path, *run, "resume=auto")
+    goes_on(axialtrain, small_shards, tmp_path, "init=start.safetensors", status=2)
+
+
+def test_another_metric_begins_anew():
+    progress = Progress(step=1)
+    assert progress.judge("val_loss", 0.5)
+    assert not progress.judge("val_loss", 0.6)
+    assert progress.worse == 1
+    assert progress.judge("miou", 0.1)
+    assert (progress.best, progress.worse) == (0.1, 0)
+    assert not progress.judge("miou", float("nan"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,14 +279,21 @@ def test_nothing_whole_is_not_nothing(axialtrain, small_shards, copy, tmp_path):
         ({"task": "os.system"}, "task="),
         ({"updates": "many"}, "updates is 'many', allowed is 0 to 4"),
         ({"step": 2, "updates": 2}, "step 2 and its samples do not go together"),
+        ({"best_step": [1]}, "does not say where its run stands"),
+        ({"best": "x"}, "does not say where its run stands"),
         ({"losses": "none"}, "does not say where its run stands"),
         ({"metrics": [1]}, "does not say where its run stands"),
-        ({"data": {}}, "does not say where its data stands"),
+        ({"data": {"mean": 0.5, "std": 0.25}}, "does not say where its data stands"),
     ],
 )
 def test_a_state_of_strangers(refused, copy, change, message, tmp_path, monkeypatch):
     """Valid JSON under a valid checksum, but not what we write: never instantiated."""
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
     state = copy / "checkpoints" / "step-00000004" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    content = json.dumps(json.loads(state.read_text()) | change).encode()
+    state.write_bytes(content)
+    marker = state.with_name("checkpoint.json")
+    files = json.loads(marker.read_text())
+    files["files"]["state.json"] = [len(content), google_crc32c.value(content)]
+    marker.write_text(json.dumps(files))
     assert message in refused(resume=state.parent)

@@ -128,7 +128,7 @@ def test_one_without_a_marker_does_not_count(tmp_path, caplog):
 def test_a_place_that_does_not_answer_is_not_damaged(tmp_path, monkeypatch):
     a_run(tmp_path)
 
-    def silent(self, name):
+    def silent(self, name, size):
         raise OSError("no answer")
 
     monkeypatch.setattr(Folder, "read", silent)

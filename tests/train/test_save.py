@@ -167,11 +167,15 @@ def test_a_folder_does_what_it_says(folder):
     assert folder.names() == ["b", "x"]
     assert folder.has("x")
     assert not folder.has("y")
-    assert (folder.size("x"), folder.read("x"), folder.within("b").read("y")) == (6, b"second", b"")
+    assert (folder.size("x"), folder.read("x", 99), folder.within("b").read("y", 9)) == (
+        6,
+        b"second",
+        b"",
+    )
     folder.remove("x")
     assert folder.names() == ["b"]
     with pytest.raises(FileNotFoundError):
-        folder.read("x")
+        folder.read("x", 9)
     folder.remove_all()
     folder.remove_all()
     assert folder.names() == []
@@ -191,7 +195,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         folder.write("x", b"after")
     assert seen == [[f".x{PARTIAL}", "x"]], "under another name until it is synced"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert folder.read("x") == b"before"
+    assert folder.read("x", 99) == b"before"
 
 
 def test_a_protocol_that_nobody_knows_is_named():
