@@ -83,7 +83,7 @@ def test_sgd(run_on, one_process, slide_shards, mesh):
     assert_each_tile_is_read_where_it_is_needed(got.reading, slide_shards, mesh)
 
 
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "1x1"])
+@pytest.mark.parametrize("mesh", ["2x2", "tensor 2"])
 def test_adamw(run_on, one_process, mesh):
     assert run_on(mesh, "adamw").losses == pytest.approx(one_process["adamw"].losses, rel=1e-4)
 

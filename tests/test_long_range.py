@@ -116,7 +116,7 @@ def share_of_tokens_that_name_it(pattern: list[str], steps: int) -> float:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, RATE, ScheduleConfig(warmup=20, final=0.0))
-        grids, name = marked(32, generator)
+        grids, name = marked(16, generator)
         logits = model(grids, None, place).flatten(1, 2).flatten(0, 1)
         optimizer.zero_grad()
         F.cross_entropy(logits, name.repeat_interleave(SIDE * SIDE)).backward()

@@ -149,10 +149,11 @@ class Tracker:
         temporary = path.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, path)
-        import wandb
+        if self._wandb is not None:
+            import wandb
 
-        image = wandb.Image(str(path))
-        self._to_wandb(lambda run: run.log({name.removesuffix(".png"): image}))
+            image = wandb.Image(str(path))
+            self._to_wandb(lambda run: run.log({name.removesuffix(".png"): image}))
         return path
 
     def _to_wandb(self, call: Callable[[Any], object]) -> None:

@@ -121,8 +121,9 @@ def test_a_teacher_in_a_file_on_any_mesh(run_on, folder, kind):
     _, expected, _ = run_on("1x1", *overrides)
     assert ("val_loss" in expected[-1]) == (kind == "hard")
     assert expected[0]["loss"] == pytest.approx(first_loss(folder, kind, overrides), rel=1e-5)
-    _, lines, _ = run_on("2x2", *overrides)
-    assert_alike(lines, expected)
+    if kind == "hard":  # soft on meshes: tests/tasks/test_classification.py
+        _, lines, _ = run_on("2x2", *overrides)
+        assert_alike(lines, expected)
 
 
 @torch.no_grad()
