@@ -221,7 +221,7 @@ def test_a_second_run_in_the_folder_is_refused(given, axialtrain, tmp_path):
         assert run.until(lambda: run.steps() >= 1, "step 1"), run.said
         config = (tmp_path / "one" / "config.yaml").read_bytes()
         done = axialtrain(
-            "train", *given[:-1], "mesh=single", "resume=auto",
+            "train", *given[:-1], "mesh=1x2", "resume=auto",
             f"hydra.run.dir={tmp_path / 'one'}", cwd=tmp_path, timeout=60,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
