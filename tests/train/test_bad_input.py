@@ -258,7 +258,6 @@ def test_going_on_needs_nothing_of_what_it_began_with(axialtrain, small_shards, 
     goes_on(axialtrain, small_shards, tmp_path, *run, "train.steps=2")
     (tmp_path / "start.safetensors").unlink()
     goes_on(axialtrain, small_shards, tmp_path, *run, "resume=auto")
-    goes_on(axialtrain, small_shards, tmp_path, "init=start.safetensors", status=2)
 
 
 def test_another_metric_begins_anew():

@@ -272,7 +272,7 @@ def refused(init, **options) -> str:
 def test_a_place_without_whole_weights_is_refused(put, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", "memory://empty", "nothing://here"):
-        assert f"{place}: " in refused(place).removeprefix(f"init={place}: ")
+        assert refused(place).startswith(f"init={place}: ")
     run = put(*reversed(model_and_config()), "run")
     (shard,) = tmp_path.glob("run/checkpoints/*/model*-of-*")
     shard.write_bytes(shard.read_bytes()[:-1])

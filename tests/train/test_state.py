@@ -6,7 +6,6 @@ against plain torch is rounding in fp32; for bf16 the bounds are measured (see B
 """
 
 import functools
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -26,7 +25,7 @@ from distributed.state_ranks import (
 )
 
 from axialtrain.mesh.mesh import MeshConfig
-from axialtrain.train.checkpoint import MARKER, newest
+from axialtrain.train.checkpoint import newest
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +83,7 @@ def saved_on(tmp_path_factory):
 def files_of(folder):
     """Name, size and checksum of everything in a checkpoint."""
     saved = newest(folder)
-    return json.loads(saved.folder.read(MARKER))["files"]
+    return dict(saved.files)
 
 
 @dataclass(frozen=True)
@@ -228,13 +227,14 @@ def test_another_mesh_and_stage_go_on_as_plain_torch_does(mesh, saved_on, tmp_pa
         (
             "2x2",
             [
-                *(Variant(stage, *kind) for stage in STAGES for kind in (SGD, ADAMW_BF16)),
+                *(Variant(stage, *SGD) for stage in STAGES),
+                *(Variant(stage, *ADAMW_BF16) for stage in (0, 3)),
                 Variant(1, "plain sgd"),
             ],
         ),
         (
             "2x1, tensor 2",
-            [Variant(stage, *kind) for stage in STAGES for kind in (ADAMW, SGD_BF16)],
+            [*(Variant(stage, *ADAMW) for stage in STAGES), Variant(1, *SGD_BF16)],
         ),
     ],
     ids=["2x2", "2x1, tensor 2"],
