@@ -167,7 +167,8 @@ def steps_in(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("axialtrain.train.track.PATIENCE", 0.1)
     first = quiet(tmp_path)
     with pytest.raises(ValueError, match=r"hydra\.run\.dir=.*another run writes there"):
         quiet(tmp_path)
