@@ -36,9 +36,8 @@ from axialtrain.train.track import Tracker
 from axialtrain.train.watch import Watch
 
 LOG = logging.getLogger(__name__)
-FLIGHT = (
-    "flight"  # in the run's folder: what torch remembers of the collectives of ranks that failed
-)
+# In the run's folder: what torch remembers of the collectives of ranks that failed.
+FLIGHT = "flight"
 
 
 def run(
@@ -174,8 +173,10 @@ def _run(
         watch,
         progress,
     )
-    # As the config says now, which may wait longer than that of the run that ended.
-    parts.progress.early = 0 < config.train.patience <= parts.progress.worse
+    # As the config says now, which may wait longer than that of the run that ended, or for another
+    # metric.
+    waits = progress.best_of == config.checkpoint.best
+    progress.early = waits and 0 < config.train.patience <= progress.worse
     metrics = _train(parts, folder)
     engine.close()
     return metrics
