@@ -89,16 +89,22 @@ class Rect:
 
 
 def owned_rect(
-    height: int, width: int, layout: Layout, shape: tuple[int, int], at: tuple[int, int]
+    height: int,
+    width: int,
+    layout: Layout,
+    shape: tuple[int, int],
+    at: tuple[int, int],
+    unit: int = 1,
 ) -> Rect:
     """The rectangle of an H x W grid held at mesh coordinates `at` = (row, col) under `layout`.
 
+    unit: tiles are cut at multiples of it, of which H and W are multiples too.
     Under ROWS and COLS the second split divides the band of the first, so that TILE <-> ROWS
     stays among the ranks of one band of rows, and TILE <-> COLS among those of one band of columns.
     """
     (rows, cols), (row, col) = shape, at
-    top, bottom = split(height, rows, row)
-    left, right = split(width, cols, col)
+    top, bottom = (edge * unit for edge in split(height // unit, rows, row))
+    left, right = (edge * unit for edge in split(width // unit, cols, col))
     if layout is Layout.TILE:
         return Rect(top, bottom, left, right)
     if layout is Layout.ROWS:
@@ -116,6 +122,9 @@ class Place:
     layout: how the grid is spread.
     shape: (rows, cols) of the mesh.
     at: (row, col), the coordinates of this rank.
+    unit: tiles are cut at multiples of it: the cells of one token stay together on finer grids.
+    coarse: whether this is the grid of a strided layer, which may be smaller than the mesh: some
+        ranks then hold nothing of it.
     """
 
     height: int
@@ -123,18 +132,22 @@ class Place:
     layout: Layout = Layout.TILE
     shape: tuple[int, int] = (1, 1)
     at: tuple[int, int] = (0, 0)
+    unit: int = 1
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         rows, cols = self.shape
-        if self.height < rows or self.width < cols:
+        assert self.height % self.unit == 0 == self.width % self.unit, self
+        if not self.coarse and (self.height // self.unit < rows or self.width // self.unit < cols):
+            height, width = self.height // self.unit, self.width // self.unit
             raise ValueError(
-                f"a grid of {self.height} x {self.width} tokens is smaller than mesh "
-                f"row={rows} col={cols}: allowed are meshes of at most {self.height} x {self.width}"
+                f"a grid of {height} x {width} tokens is smaller than mesh "
+                f"row={rows} col={cols}: allowed are meshes of at most {height} x {width}"
             )
 
     @property
     def rect(self) -> Rect:
-        return owned_rect(self.height, self.width, self.layout, self.shape, self.at)
+        return self.rect_of(self.at)
 
     def under(self, layout: Layout) -> Place:
         return replace(self, layout=layout)
@@ -146,7 +159,59 @@ class Place:
 
     def rect_of(self, at: tuple[int, int]) -> Rect:
         """What the rank at mesh coordinates `at` holds of the same grid, in the same layout."""
-        return owned_rect(self.height, self.width, self.layout, self.shape, at)
+        return owned_rect(self.height, self.width, self.layout, self.shape, at, self.unit)
+
+    def finer(self, factor: int) -> Place:
+        """The grid with factor x factor cells for each one of this: each stays where it is."""
+        assert self.layout is Layout.TILE, "finer grids are spread in tiles"
+        return replace(
+            self,
+            height=self.height * factor,
+            width=self.width * factor,
+            unit=self.unit * factor,
+        )
+
+    def coarser(self, stride: int) -> Place:
+        """The grid of every stride-th cell: each stays where it is if the unit divides, or else
+        the grid is split anew, balanced."""
+        assert self.layout is Layout.TILE, "coarser grids are spread in tiles"
+        size = {"height": -(-self.height // stride), "width": -(-self.width // stride)}
+        if self.unit % stride == 0:
+            return replace(self, **size, unit=self.unit // stride)
+        return replace(self, **size, unit=1, coarse=True)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which cells of one grid a cell of another is computed from, by a convolution or pooling.
+
+    size: cells along each dim, `dilation` apart; stride: cells from one result to the next. Odd
+    sizes are centred; the results of an even size begin at their first cell.
+    """
+
+    size: int
+    stride: int = 1
+    dilation: int = 1
+
+    @property
+    def padding(self) -> int:
+        """Cells above and left of the grid that the first result asks for."""
+        return self.dilation * (self.size - 1) // 2 if self.size % 2 else 0
+
+    def needs(self, out: Rect) -> Rect:
+        """The cells that `out` of the coarser grid is computed from; may reach outside the grid.
+
+        An empty rectangle needs none.
+        """
+        if out.empty:
+            return Rect(0, 0, 0, 0)
+        reach = self.dilation * (self.size - 1) + 1 - self.padding
+        return Rect(
+            out.top * self.stride - self.padding,
+            (out.bottom - 1) * self.stride + reach,
+            out.left * self.stride - self.padding,
+            (out.right - 1) * self.stride + reach,
+        )
 
 
 def windows_of(rect: Rect, size: int, shift: int) -> Rect:
