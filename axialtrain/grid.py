@@ -175,28 +175,28 @@ class Place:
         """The grid of every stride-th cell: each stays where it is if the unit divides, or else
         the grid is split anew, balanced."""
         assert self.layout is Layout.TILE, "coarser grids are spread in tiles"
-        size = {"height": -(-self.height // stride), "width": -(-self.width // stride)}
-        if self.unit % stride == 0:
-            return replace(self, **size, unit=self.unit // stride)
-        return replace(self, **size, unit=1, coarse=True)
+        aligned = self.unit % stride == 0
+        return replace(
+            self,
+            height=-(-self.height // stride),
+            width=-(-self.width // stride),
+            unit=self.unit // stride if aligned else 1,
+            coarse=self.coarse or not aligned,
+        )
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Which cells of one grid a cell of another is computed from, by a convolution or pooling.
 
-    size: cells along each dim, `dilation` apart; stride: cells from one result to the next. Odd
-    sizes are centred; the results of an even size begin at their first cell.
+    size: cells along each dim, `dilation` apart. stride: cells from one result to the next.
+    padding: cells above and left of the grid that the first result asks for.
     """
 
     size: int
     stride: int = 1
     dilation: int = 1
-
-    @property
-    def padding(self) -> int:
-        """Cells above and left of the grid that the first result asks for."""
-        return self.dilation * (self.size - 1) // 2 if self.size % 2 else 0
+    padding: int = 0
 
     def needs(self, out: Rect) -> Rect:
         """The cells that `out` of the coarser grid is computed from; may reach outside the grid.
@@ -212,6 +212,25 @@ class Kernel:
             out.left * self.stride - self.padding,
             (out.right - 1) * self.stride + reach,
         )
+
+
+@dataclass(frozen=True)
+class Enlargement:
+    """Which cells of `grid` the cells of one `factor` times finer are interpolated from: those that
+    they lie in, and their neighbours within the grid."""
+
+    factor: int
+    grid: Rect
+
+    def needs(self, out: Rect) -> Rect:
+        if out.empty:
+            return Rect(0, 0, 0, 0)
+        return Rect(
+            out.top // self.factor - 1,
+            -(-out.bottom // self.factor) + 1,
+            out.left // self.factor - 1,
+            -(-out.right // self.factor) + 1,
+        ).intersect(self.grid)
 
 
 def windows_of(rect: Rect, size: int, shift: int) -> Rect:

@@ -1,7 +1,7 @@
 """How tokens move: from owned rectangles of the grid to wanted, possibly overlapping, ones.
 
-One primitive (`redistribute`) serves swaps between layouts, windows, gathered keys and values, and
-later halos, strides and resampling. What each rank sends and receives is intersections of
+One primitive (`redistribute`) serves swaps between layouts, windows, gathered keys and values,
+halos, strides and resampling. What each rank sends and receives is intersections of
 rectangles, known from arithmetic on every rank; it costs one uneven all-to-all in the smallest
 group that holds all of it. Beside it, `deal_heads` exchanges parts of lines against heads.
 """
@@ -9,8 +9,9 @@ group that holds all of it. Beside it, `deal_heads` exchanges parts of lines aga
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,55 @@ def fetch(
     return redistribute(x, owned[me], goals[me], messages(owned, goals, me), group)
 
 
+class Reach(Protocol):
+    """Which cells of a grid some cells of another one are computed from; compares by value."""
+
+    def needs(self, out: Rect) -> Rect:
+        """It may reach outside the grid. An empty rectangle needs an empty one."""
+
+    def __hash__(self) -> int: ...
+
+
+@lru_cache(maxsize=1024)
+def _regrid_plan(
+    place: Place, goal: Place, reach: Reach, members: tuple[tuple[int, int], ...]
+) -> tuple[Messages, Rect]:
+    wanted = [reach.needs(goal.rect_of(at)) for at in members]
+    owned = [place.rect_of(at) for at in members]
+    me = members.index(place.at)
+    return messages(owned, wanted, me), wanted[me]
+
+
+@lru_cache(maxsize=1024)
+def _crosses(place: Place, goal: Place, reach: Reach) -> tuple[bool, bool]:
+    """Whether any rank needs cells of another band of rows, and of another band of columns."""
+    rows = cols = False
+    for row in range(place.shape[0]):
+        for col in range(place.shape[1]):
+            owned = place.rect_of((row, col))
+            wanted = reach.needs(goal.rect_of((row, col))).intersect(place.grid)
+            if not wanted.empty:
+                rows |= wanted.top < owned.top or wanted.bottom > owned.bottom
+                cols |= wanted.left < owned.left or wanted.right > owned.right
+    return rows, cols
+
+
+def regrid(x: Tensor, place: Place, goal: Place, reach: Reach, mesh: Mesh) -> Tensor:
+    """x: [B, h, w, ...] under `place` -> the cells that this rank's part of `goal` comes from.
+
+    Returns [B, h', w', ...], the cells of reach.needs(goal.rect), with zeros outside the image.
+    goal: another grid of the same image. It talks among the ranks of one band of rows, or of
+    columns, where that is enough, and not at all where each rank has what it needs.
+    Adjoint: what was received goes back, and is added up where it came from.
+    """
+    rows, cols = _crosses(replace(place, at=(0, 0)), replace(goal, at=(0, 0)), reach)
+    group, members = _peers(place, mesh, across_rows=rows, across_cols=cols)
+    if group is None:
+        return crop(x, place.rect, reach.needs(goal.rect))
+    plan, wanted = _regrid_plan(place, goal, reach, members)
+    return redistribute(x, place.rect, wanted, plan, group)
+
+
 def crop(x: Tensor, owned: Rect, wanted: Rect) -> Tensor:
     """x: [B, owned.height, owned.width, ...] -> the tokens of `wanted`, zeros outside `owned`.
 
@@ -300,6 +350,13 @@ class Exchange(nn.Module):
         assert self.mesh is not None
         return fetch(x, place, wanted, self.mesh, across_rows=across_rows, across_cols=across_cols)
 
+    def regrid(self, x: Tensor, place: Place, goal: Place, reach: Reach) -> Tensor:
+        """The cells that this rank's part of the grid `goal` is computed from: see `regrid`."""
+        if self._alone(place):
+            return crop(x, place.rect, reach.needs(goal.rect))
+        assert self.mesh is not None
+        return regrid(x, place, goal, reach, self.mesh)
+
     def everywhere(self, mask: Tensor, place: Place) -> Tensor:
         """mask: bool [B, h, w] under `place` -> that of the whole grid [B, H, W], on every rank."""
         return self.fetch(mask, place, lambda _: place.grid, across_rows=True, across_cols=True)
@@ -324,6 +381,10 @@ class Exchange(nn.Module):
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks that share an image. Adjoint: itself."""
         return x if self.mesh is None else sum_over(x, self.mesh.spatial)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over all ranks that have a part of any image of the batch. Adjoint: itself."""
+        return x if self.mesh is None else sum_over(x, self.mesh.replicas)
 
     def max(self, x: Tensor) -> Tensor:
         """Maximum over the ranks that share an image, without gradient."""

@@ -45,7 +45,8 @@ class AxialResNetConfig:
     """Size of an Axial-ResNet (arXiv 2003.07853): a ResNet whose 3 x 3 convolutions are attention
     along columns, then rows.
 
-    layers: blocks of each of the four stages. width: s of the published code: 0.5 is S, 0.75 M, 1 L.
+    layers: blocks of each of the four stages.
+    width: s of the published code: 0.5 is S, 0.75 M, 1 L.
     heads: N of every attention.
     image: [H, W] in px that the tables of relative positions are made for: each has the span of
         its feature map, and larger images are refused. null needs span.

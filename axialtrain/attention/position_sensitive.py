@@ -1,0 +1,174 @@
+"""Position-sensitive attention within lines (Axial-DeepLab, arXiv 2003.07853, eq. 4).
+
+    y_o = sum_p softmax_p(q_o k_p + q_o r^q_{p-o} + k_p r^k_{p-o}) (v_p + r^v_{p-o})
+
+with a factor for each head and each of the three logits, which stands for the batch norm between
+them and their sum, and with what content and positions give kept apart, for the batch norm behind.
+The batch norm needs the moments of all logits before any factor is known, so there are two walks
+over them. Both go in chunks over lines and queries, and compute a chunk again in backward: no more
+logits than a chunk's exist at a time.
+
+Tables hold r for queries, keys and values, K + K + V channels, shared by the heads. Of the distance
+d = (coordinate of the key) - (coordinate of the query), r^q and r^v stand at S - 1 - d, r^k at
+S - 1 + d, as in the first public code; farther distances than S - 1 take the outermost entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from axialtrain.attention.positions import relative_bias, widened
+
+CHUNK = 2**22  # logits of a kind that exist at a time
+
+KINDS = 3  # q k, q r, k r
+Stats = tuple[Tensor, Tensor, Tensor]  # count, mean [3 N], sum of centred squares [3 N]
+
+
+def logit_moments(
+    q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None = None, *, chunk: int = CHUNK
+) -> list[Stats]:
+    """The moments of the three kinds of logits, of some lines and queries at a time.
+
+    q, k: [B, X, L, N, K], X lines of L tokens. table: [2 K + V, 2 S - 1]. mask: bool [B, X, L];
+    a logit counts where its query and its key are valid.
+    Channels are ordered by kind, then head. In fp32 at least.
+    """
+    if q.numel() == 0:
+        none = (q.sum() + k.sum() + table[:, :0].sum()).expand(KINDS * q.shape[3])
+        return [(none.new_zeros(()), none, none)]
+    return [
+        checkpoint(_moments, q1, k1, table, mask1, start, use_reentrant=False)
+        for q1, k1, _, mask1, start in _chunks(q, k, k, mask, table, chunk)
+    ]
+
+
+def attend_with_positions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    mask: Tensor | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """(what contents give, what positions give), [B, X, L, N, V] each; their sum is eq. 4.
+
+    factors: [3 N] of the logits, by kind, then head. v: [B, X, L, N, V]; the others as in
+    `logit_moments`. Masked keys are left out, a line without any gives zeros.
+    """
+    if q.numel() == 0:
+        zero = q.sum() + k.sum() + table[:, :0].sum() + factors[:0].sum()
+        return v + zero, v + zero
+    parts: list[tuple[Tensor, Tensor]] = [
+        checkpoint(_attend, q1, k1, v1, table, factors, mask1, start, use_reentrant=False)
+        for q1, k1, v1, mask1, start in _chunks(q, k, v, mask, table, chunk)
+    ]
+    lines, queries = _sizes(q, table, chunk)
+    across = -(-q.shape[2] // queries)  # chunks of a group of lines
+    contents, positions = (
+        torch.cat(
+            [torch.cat(kind[first : first + across], 1) for first in range(0, len(kind), across)]
+        )
+        for kind in zip(*parts, strict=True)
+    )
+    assert contents.shape[0] == q.shape[0] * q.shape[1], lines
+    return contents.unflatten(0, q.shape[:2]), positions.unflatten(0, q.shape[:2])
+
+
+def _sizes(q: Tensor, table: Tensor, chunk: int) -> tuple[int, int]:
+    """(lines, queries) of a chunk. A table spread over queries and keys counts as logits, too."""
+    images, lines, length, heads, _ = q.shape
+    spread = len(table)
+    whole = (chunk - spread * length**2) // (heads * length**2)
+    if whole >= 1:
+        return min(whole, images * lines), length
+    return 1, max(1, min(length, chunk // ((heads + spread) * length)))
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, int]]:
+    """Lines and queries of each chunk, images and lines folded; `start` is its first query."""
+    lines, queries = _sizes(q, table, chunk)
+    # split, not slices: their gradients are joined once, not added up at full size.
+    q, k, v = (x.flatten(0, 1).split(lines) for x in (q, k, v))
+    masks = [None] * len(q) if mask is None else mask.flatten(0, 1).split(lines)
+    for q1, k1, v1, mask1 in zip(q, k, v, masks, strict=True):
+        start = 0
+        for part in q1.split(queries, 1):
+            yield part, k1, v1, mask1, start
+            start += part.shape[1]
+
+
+def _logits(q: Tensor, k: Tensor, table: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[x, N, q, s] of each kind: q k, q r, k r."""
+    width, length = q.shape[-1], k.shape[1]
+    here, keys = (start, start + q.shape[1]), (0, length)
+    of_query = relative_bias(table[:width].flip(1), here, keys)
+    of_key = relative_bias(table[width : 2 * width], here, keys)
+    return (
+        torch.einsum("x q n k, x s n k -> x n q s", q, k),
+        torch.einsum("x q n k, k q s -> x n q s", q, of_query),
+        torch.einsum("x s n k, k q s -> x n q s", k, of_key),
+    )
+
+
+def _moments(q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None, start: int) -> Stats:
+    kinds = _logits(widened(q), widened(k), widened(table), start)
+    if mask is None:
+        count = kinds[0].new_tensor(kinds[0][:, 0].numel())
+        means = [kind.mean((0, 2, 3)) for kind in kinds]
+        squares = [
+            (kind - mean[:, None, None]).square().sum((0, 2, 3))
+            for kind, mean in zip(kinds, means, strict=True)
+        ]
+        return count, torch.cat(means), torch.cat(squares)
+    pairs = mask[:, None, start : start + q.shape[1], None] & mask[:, None, None]
+    count = pairs.sum().to(kinds[0])
+    means = [torch.where(pairs, kind, 0.0).sum((0, 2, 3)) / count.clamp_min(1) for kind in kinds]
+    squares = [
+        torch.where(pairs, kind - mean[:, None, None], 0.0).square().sum((0, 2, 3))
+        for kind, mean in zip(kinds, means, strict=True)
+    ]
+    return count, torch.cat(means), torch.cat(squares)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    mask: Tensor | None,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """[x, q, N, V] of contents, and of positions."""
+    dtype, width, length = v.dtype, q.shape[-1], k.shape[1]
+    q, k, v, table = widened(q), widened(k), widened(v), widened(table)
+    of_qk, of_qr, of_kr = (part[:, None] for part in factors.chunk(KINDS))
+    here, keys = (start, start + q.shape[1]), (0, length)
+    # The factors are applied to queries and keys, of which there are fewer than of logits.
+    logits = torch.einsum("x q n k, x s n k -> x n q s", q * of_qk, k)
+    of_query = relative_bias(table[:width].flip(1), here, keys)
+    logits = logits + torch.einsum("x q n k, k q s -> x n q s", q * of_qr, of_query)
+    of_key = relative_bias(table[width : 2 * width], here, keys)
+    logits = logits + torch.einsum("x s n k, k q s -> x n q s", k * of_kr, of_key)
+    if mask is not None:
+        # softmax over nothing is NaN: such a line attends to everything, and is zeroed below.
+        some = mask.any(1, keepdim=True)
+        logits = logits.masked_fill(~(mask | ~some)[:, None, None], -torch.inf)
+    weights = logits.softmax(-1)
+    of_value = relative_bias(table[2 * width :].flip(1), here, keys)
+    contents = torch.einsum("x n q s, x s n v -> x q n v", weights, v)
+    positions = torch.einsum("x n q s, v q s -> x q n v", weights, of_value)
+    if mask is not None:
+        contents, positions = (
+            out.masked_fill(~some[..., None, None], 0.0) for out in (contents, positions)
+        )
+    return contents.to(dtype), positions.to(dtype)

@@ -1,0 +1,128 @@
+"""Batch norm over all images of the batch and all of their valid tokens, wherever they are.
+
+Composed of two differentiable sums over the ranks, so it needs no backward of its own: that of a
+sum over ranks is a sum over ranks (`mesh.collectives.sum_over`). Local statistics are combined as
+mean and centred squares (Chan, Golub, LeVeque 1979): a plain sum of squares would lose the variance
+of channels whose mean is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from axialtrain.mesh.exchange import Exchange
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of some values of C channels: how many there are of each, their mean [C], and the sum [C] of
+    the squares of what they are above it. In fp32 at least."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(x: Tensor, valid: Tensor | None) -> Moments:
+        """x: [..., C], valid: bool [...], None where all count."""
+        flat = x.reshape(-1, x.shape[-1])
+        if valid is None:
+            count = flat.new_tensor(flat.shape[0])
+            mean = flat.sum(0) / count.clamp_min(1)
+            return Moments(count, mean, (flat - mean).square().sum(0))
+        here = valid.reshape(-1, 1)
+        count = here.sum().to(flat)
+        mean = torch.where(here, flat, 0.0).sum(0) / count.clamp_min(1)
+        return Moments(count, mean, torch.where(here, flat - mean, 0.0).square().sum(0))
+
+    def joined(self, total: Callable[[Tensor], Tensor]) -> Moments:
+        """With those that other ranks have. total: the sum over ranks."""
+        sums = total(torch.cat((self.count * self.mean, self.count[None])))
+        count, mean = sums[-1], sums[:-1] / sums[-1].clamp_min(1)
+        squares = total(self.squares + self.count * (self.mean - mean).square())
+        return Moments(count, mean, squares)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (arXiv 1502.03167) of channels C, with torch's parameters, buffers and defaults.
+
+    In training over the micro-batch of all data ranks, so that a model with it depends on the
+    micro-batch; never on the mesh. Statistics are in fp32 at least, the running ones too, whatever
+    dtype the module is cast to, and equal on all ranks.
+
+    start: of the weight.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, channels: int, *, start: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.full((channels,), start))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.exchange = Exchange()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x: [..., C] -> the same, normalised; zeros where not valid. valid: bool [...]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        moments = Moments.of(wide, valid) if self.training else None
+        mean, factor = self.normalisation(moments)
+        out = (wide - mean) * factor + self.bias.to(wide)
+        if valid is not None:
+            out = torch.where(valid[..., None], out, 0.0)
+        return out.to(x.dtype)
+
+    def normalisation(self, moments: Moments | None) -> tuple[Tensor, Tensor]:
+        """(mean, factor), [C] each: values become (value - mean) * factor + bias.
+
+        moments: of this rank's values while training, None in evaluation. A collective in training.
+        """
+        if moments is None:
+            mean, var = self.running_mean, self.running_var
+        else:
+            of_batch = moments.joined(self.exchange.total)
+            mean, var = of_batch.mean, of_batch.squares / of_batch.count.clamp_min(1)
+            self._follow(of_batch)
+        return mean, self.weight.to(var) * torch.rsqrt(var + self.eps)
+
+    @torch.no_grad()
+    def _follow(self, batch: Moments) -> None:
+        """Move the running statistics towards the batch's; a batch without values moves nothing."""
+        share = self.momentum * (batch.count > 0).to(batch.mean)
+        unbiased = batch.squares / (batch.count - 1).clamp_min(1)
+        self.running_mean.lerp_(batch.mean.to(self.running_mean), share.to(self.running_mean))
+        self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        # .bfloat16() and .half() cast buffers too, and a running mean that moves by a hundredth of
+        # a difference would stand still in them.
+        exact = {"running_mean": self.running_mean, "running_var": self.running_var}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            now = getattr(self, name)
+            if now.device.type != "meta" and before.device.type != "meta":
+                wide = torch.promote_types(now.dtype, torch.float32)
+                setattr(self, name, before.to(now.device, wide))
+        return self
+
+
+class LogitNorm(BatchNorm):
+    """Batch norm in front of a softmax: only its factors matter.
+
+    What it would add is the same for all keys of a query, and a softmax does not see it. So the
+    bias has a gradient of zero, exactly, and not of rounding, which Adam would turn into steps.
+    """
+
+    def forward(self, moments: Moments | None) -> Tensor:  # type: ignore[override]
+        """-> factors [C] of the logits, from the moments of this rank's while training."""
+        _, factor = self.normalisation(moments)
+        return factor + 0.0 * self.bias.to(factor)
