@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         help="label rasters of the images' size, one for each image, in the same order",
     )
     shard.add_argument(
+        "--instances",
+        nargs="+",
+        type=Path,
+        metavar="RASTER",
+        help="rasters of instance numbers, 0 for none, of labelled images, in the same order",
+    )
+    shard.add_argument(
         "--image-labels",
         nargs="+",
         type=int,
@@ -59,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     scene.add_argument("--count", type=int, default=1)
     scene.add_argument("--size", type=int, default=4096, help="side in pixels")
     scene.add_argument("--seed", type=int, default=0)
+    scene.add_argument(
+        "--bands",
+        nargs=2,
+        type=int,
+        default=(6, 8),
+        metavar=("FEWEST", "MOST"),
+        help="row bands, and column bands, of a scene, 1 to 8",
+    )
     scene.set_defaults(command=_scene)
 
     train = commands.add_parser(
@@ -113,7 +128,11 @@ def _shard(parsed: argparse.Namespace) -> int:
 
     print(
         shard_images(
-            parsed.images, parsed.out, labels=parsed.labels, image_labels=parsed.image_labels
+            parsed.images,
+            parsed.out,
+            labels=parsed.labels,
+            instances=parsed.instances,
+            image_labels=parsed.image_labels,
         )
     )
     return 0
@@ -122,10 +141,14 @@ def _shard(parsed: argparse.Namespace) -> int:
 def _scene(parsed: argparse.Namespace) -> int:
     from axialtrain.data.scene import draw_scenes
 
-    for image, labels in draw_scenes(
-        parsed.out, count=parsed.count, size=parsed.size, seed=parsed.seed
+    for paths in draw_scenes(
+        parsed.out,
+        count=parsed.count,
+        size=parsed.size,
+        seed=parsed.seed,
+        bands=(parsed.bands[0], parsed.bands[1]),
     ):
-        print(image, labels)
+        print(*paths)
     return 0
 
 

@@ -51,6 +51,6 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("scenes")
     scenes = draw_scenes(folder / "scenes", count=2, size=512, seed=0)
-    images, labels = zip(*scenes, strict=True)
+    images, labels, _ = zip(*scenes, strict=True)
     shard_images(images, folder / "shards", labels=labels, progress=False)
     return folder / "shards"

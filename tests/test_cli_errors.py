@@ -100,7 +100,7 @@ def test_a_bad_override(
 
 
 def test_shards_without_labels(axialtrain, tmp_path):
-    image, _ = draw_scenes(tmp_path, count=1, size=512, seed=0)[0]
+    image, *_ = draw_scenes(tmp_path, count=1, size=512, seed=0)[0]
     shard_images([image], tmp_path / "shards", progress=False)
     refused(axialtrain, train("shards"), tmp_path, "data.shards=shards: has no labels")
 

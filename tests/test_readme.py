@@ -25,7 +25,7 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme(tmp_path):
-    image, _ = draw_scenes(tmp_path, count=1, size=1024, seed=5)[0]
+    image, *_ = draw_scenes(tmp_path, count=1, size=1024, seed=5)[0]
     image.rename(tmp_path / "slide.tif")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -1,6 +1,6 @@
 """A block as it was fetched: its tar members, checked, and painted into a rectangle of pixels.
 
-The block's CRC-32C covers headers, index, tiles and labels at once, so those of the single members
+The block's CRC-32C covers headers, index, tiles and rasters at once, so those of the single members
 are compared only to say which of them is damaged. They are stored for other readers, which take
 the shards apart without our directory of blocks.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.codec import Pixels, decode
+from axialtrain.data.codec import Instances, Pixels, decode, decode_instances
 from axialtrain.data.store import (
+    INSTANCES,
     LABELS,
     MANIFEST,
     TAR_RECORD,
@@ -105,22 +107,45 @@ class Block:
         for _, _, part in self.tiles(rect):
             labels[part.slices(rect)] = raster[part.slices(block)]
 
+    def paint_instances(self, instances: Instances, rect: Rect) -> None:
+        """Copy the instances that `rect` meets into `instances`; an absent tile has none."""
+        if self.head.instances is None:
+            return
+        block = self.head.block_rect(self.index.row, self.index.col)
+        with self._member(INSTANCES) as data:
+            raster = decode_instances(data, (block.height, block.width))
+        if raster.max() > self.head.instances:
+            raise ValueError(
+                f"{self._where(INSTANCES)}: has instance {raster.max()}, allowed is up to the "
+                f"{self.head.instances} in {MANIFEST}"
+            )
+        for _, _, part in self.tiles(rect):
+            instances[part.slices(rect)] = raster[part.slices(block)]
+
     def _damaged(self) -> str | None:
         """Where the first member is whose CRC-32C is not the one in the index."""
         stored = {tile.member: tile.crc32c for tile in self.index.tiles}
         if self.index.labels_crc32c is not None:
             stored[LABELS] = self.index.labels_crc32c
+        if self.index.instances_crc32c is not None:
+            stored[INSTANCES] = self.index.instances_crc32c
         for name, member in self.members.items():
             if name in stored and google_crc32c.value(bytes(member.data)) != stored[name]:
                 return self._where(name)
         return None
 
     def _decode(self, name: str, shape: tuple[int, int, int]) -> Pixels:
+        with self._member(name) as data:
+            return decode(data, shape)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[bytes]:
+        """The data of the member `name`; where it proves wrong, the error says where it lies."""
         if name not in self.members:
             key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
             raise ValueError(f"{self.path}: member {key}.{name} is missing from its block")
         try:
-            return decode(bytes(self.members[name].data), shape)
+            yield bytes(self.members[name].data)
         except ValueError as error:
             raise ValueError(f"{self._where(name)}: {error}") from error
 

@@ -6,18 +6,25 @@ file must not be able to ask for a large amount of memory.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
+Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
 
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _APP0, _APP14 = 0xE0, 0xEE
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what any decoder reads
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_BANDS = {0: 1, 2: 3}  # colour type -> bands
+_GREY, _RGB = 0, 2  # PNG's colour types
+_PNG_BANDS = {8: {_GREY: 1, _RGB: 3}, 16: {_GREY: 1}}  # bits -> colour type -> bands
+_PNG_WORDS = {8: "8-bit grey or RGB", 16: "16-bit grey"}
 
 
 def decode(data: bytes, shape: tuple[int, int, int]) -> Pixels:
@@ -29,14 +36,37 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> Pixels:
     found = png_shape(data) if png else jpeg_shape(data)
     if found != shape:
         raise ValueError(f"is of shape {found} where {shape} belongs")
+    return _decoded(imagecodecs.png_decode if png else imagecodecs.jpeg8_decode, data, shape)
+
+
+def decode_instances(data: bytes, size: tuple[int, int]) -> Instances:
+    """The numbers in a PNG of 16-bit grey, uint16 [height, width] = `size`.
+
+    ValueError if the header says anything else, or the data cannot be decoded.
+    """
+    found = png_shape(data, bits=16)[:2]
+    if found != size:
+        raise ValueError(f"is of shape {found} where {size} belongs")
+    return _decoded(imagecodecs.png_decode, data, size, np.uint16)
+
+
+def _decoded(
+    decoder: Callable[[bytes], NDArray[Any]],
+    data: bytes,
+    shape: tuple[int, ...],
+    dtype: type[np.generic] = np.uint8,
+) -> NDArray[Any]:
     try:
-        pixels = imagecodecs.png_decode(data) if png else imagecodecs.jpeg8_decode(data)
+        pixels = decoder(data)
     except (RuntimeError, ValueError) as error:  # imagecodecs' own errors are RuntimeErrors
         raise ValueError(f"cannot be decoded ({error})") from error
-    return np.asarray(pixels, np.uint8).reshape(shape)
+    # The header promised both, but a chunk behind it (transparency, say) may add a band.
+    if pixels.dtype != dtype or pixels.size != math.prod(shape):
+        raise ValueError(f"decodes to {pixels.dtype} of shape {pixels.shape}, not {shape}")
+    return pixels.reshape(shape)
 
 
-def encode_png(pixels: Pixels) -> bytes:
+def encode_png(pixels: Pixels | Instances) -> bytes:
     """`pixels` [h, w] or [h, w, 3] without loss. Level 6 halves label rasters against level 3."""
     return bytes(imagecodecs.png_encode(pixels, 6))
 
@@ -45,17 +75,17 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
     return bytes(imagecodecs.jpeg8_encode(pixels, quality))
 
 
-def png_shape(data: bytes) -> tuple[int, int, int]:
-    """(height, width, bands) from the header of a PNG of 8 bits a band."""
+def png_shape(data: bytes, bits: int = 8) -> tuple[int, int, int]:
+    """(height, width, bands) from the header of a PNG of 8 bits a band, or of 16 and one band."""
     if len(data) < 33 or not data.startswith(_PNG) or data[12:16] != b"IHDR":
         raise ValueError("is no PNG")
     depth, colour = data[24], data[25]
-    if depth != 8 or colour not in _PNG_BANDS:
+    if depth != bits or colour not in _PNG_BANDS[bits]:
         raise ValueError(
-            f"is a PNG of {depth} bits and colour type {colour}, not 8-bit grey or RGB"
+            f"is a PNG of {depth} bits and colour type {colour}, not {_PNG_WORDS[bits]}"
         )
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    return height, width, _PNG_BANDS[colour]
+    return height, width, _PNG_BANDS[bits][colour]
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int]:

@@ -57,6 +57,8 @@ class Batch:
     that of the sample whose size it repeats), to key random draws.
     targets: int64 [B], the class of the image that each sample is cut from (a filler has that of
     the sample whose size it repeats); None unless every image of the shards has one.
+    instances: int32 [B, h*p, w*p], 0 where there is no instance or no pixel; None unless every
+    image of the shards has an instance raster.
     """
 
     pixels: Tensor
@@ -68,6 +70,7 @@ class Batch:
     ids: tuple[str, ...]
     samples: Tensor
     targets: Tensor | None = None
+    instances: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,8 @@ class Loader:
         pixels = tokens * self.patch**2 * self.micro_batch
         # Besides those that are read ahead, one is being read and one is the consumer's.
         count = self.config.prefetch + 2
-        held = count * pixels * (_PIXEL_BYTES + self.shards.has_labels)
+        of_pixel = _PIXEL_BYTES + self.shards.has_labels + 4 * self.shards.has_instances
+        held = count * pixels * of_pixel
         if held > memory_bytes():
             size = "null" if self.config.window is None else str(list(self.config.window))
             raise ValueError(
@@ -327,6 +331,7 @@ class Loader:
         size = (len(slots), mine.height, mine.width)
         pixels = np.zeros((*size, BANDS), np.float32)
         labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
+        instances = np.zeros(size, np.int32) if self.shards.has_instances else None
         present = np.zeros(size, np.bool_)
         bytes_read = tiles_decoded = 0
         for i, slot in enumerate(slots):
@@ -340,6 +345,8 @@ class Loader:
             present[here] = region.present
             if labels is not None and region.labels is not None:
                 labels[here] = region.labels
+            if instances is not None and region.instances is not None:
+                instances[here] = region.instances
             bytes_read += region.bytes_read
             tiles_decoded += region.tiles_decoded
         p, (h, w) = self.patch, (place.rect.height, place.rect.width)
@@ -353,6 +360,7 @@ class Loader:
             ids=tuple(slot.window.id for slot in slots),
             samples=torch.tensor([slot.sample for slot in slots]),
             targets=self._targets(slots),
+            instances=None if instances is None else torch.from_numpy(instances),
         )
         return batch, bytes_read, tiles_decoded
 

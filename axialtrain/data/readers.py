@@ -1,9 +1,9 @@
 """Images as they come: tiled TIFF, and Aperio SVS, which is one.
 
-8 bits a band: RGB images, and label rasters of a single band. A source that holds JPEG tiles gives
-them as they are (`tile_bytes`), so that sharding need not decode; every source gives pixels
-(`read`). Tiles must be square, as the store has one tile size; what is not comes as a ValueError
-that says how to convert the image.
+8 bits a band: RGB images, and rasters of a single band; those of instances may have 16. A source
+that holds JPEG tiles gives them as they are (`tile_bytes`), so that sharding need not decode; every
+source gives pixels (`read`). Tiles must be square, as the store has one tile size; what is not
+comes as a ValueError that says how to convert the image.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
 
-from axialtrain.data.codec import Pixels, decode, jpeg_shape, standalone_jpeg
+from axialtrain.data.codec import Instances, Pixels, decode, jpeg_shape, standalone_jpeg
 from axialtrain.data.store import MAX_SIDE, MAX_TILE, MIN_TILE, max_tile_bytes
 from axialtrain.grid import Rect
 
@@ -90,11 +91,25 @@ def open_image(path: str | Path, level: int = 0) -> Reader:
     return TiffReader(Path(path), level)
 
 
-class TiffReader:
-    """Reader of tiled TIFF and SVS, over tifffile (the structure) and imagecodecs (the tiles)."""
+def open_instances(path: str | Path) -> TiffReader:
+    """The raster of instance numbers at `path`, uint8 or uint16, for `read_instances`.
 
-    def __init__(self, path: Path, level: int) -> None:
+    ValueError as `open_image` has it.
+    """
+    return TiffReader(Path(path), 0, (np.uint8, np.uint16))
+
+
+class TiffReader:
+    """Reader of tiled TIFF and SVS, over tifffile (the structure) and imagecodecs (the tiles).
+
+    dtypes: of the pixels that are let in; only `read_instances` gives others than uint8.
+    """
+
+    def __init__(
+        self, path: Path, level: int, dtypes: tuple[type[np.generic], ...] = (np.uint8,)
+    ) -> None:
         self.path = path
+        self._dtypes = dtypes
         try:
             self._file = tifffile.TiffFile(path)
         except FileNotFoundError:
@@ -118,7 +133,7 @@ class TiffReader:
         if not 0 <= level < self.levels:
             raise ValueError(f"{self.path}: level is {level}, allowed is 0 to {self.levels - 1}")
         page = levels[level]
-        _check_page(self.path, page)
+        _check_page(self.path, page, self._dtypes)
         self._page = page
         self.height, self.width, self.bands = (
             page.imagelength,
@@ -182,6 +197,10 @@ class TiffReader:
         return tile
 
     def tile_pixels(self, row: int, col: int) -> Pixels | None:
+        return self._tile(row, col)
+
+    def _tile(self, row: int, col: int) -> NDArray[Any] | None:
+        """As `tile_pixels`, but of the file's dtype."""
         shape = (self.tile, self.tile, self.bands)
         if self.jpeg:
             data = self.tile_bytes(row, col)
@@ -192,7 +211,7 @@ class TiffReader:
         raw = self._raw(row, col)
         if raw is None:
             return None
-        pixels = np.zeros(shape, np.uint8)
+        pixels = np.zeros(shape, self._page.dtype)
         try:
             found, _, _ = self._page.decode(raw, row * self._cols + col)
             if found is None:
@@ -205,9 +224,16 @@ class TiffReader:
         return pixels
 
     def read(self, rect: Rect, fill: int = 0) -> Pixels:
-        pixels = np.full((rect.height, rect.width, self.bands), fill, np.uint8)
+        return self._read(rect, fill)
+
+    def read_instances(self, rect: Rect) -> Instances:
+        """The first band of `rect` (px), uint16 [h, w]; 0 outside the image and its tiles."""
+        return self._read(rect, 0)[..., 0].astype(np.uint16)
+
+    def _read(self, rect: Rect, fill: int) -> NDArray[Any]:
+        pixels = np.full((rect.height, rect.width, self.bands), fill, self._page.dtype)
         for row, col, part in tiles_of(rect, self.height, self.width, self.tile):
-            tile = self.tile_pixels(row, col)
+            tile = self._tile(row, col)
             if tile is not None:
                 origin = Rect(row, row + 1, col, col + 1).scaled(self.tile)
                 pixels[part.slices(rect)] = tile[part.slices(origin)]
@@ -263,10 +289,11 @@ def _check_pages(path: Path, pages: tifffile.TiffPages) -> None:
     raise ValueError(f"{path}: has more than {MAX_PAGES} pages, or a list of them without an end")
 
 
-def _check_page(path: Path, page: tifffile.TiffPage) -> None:
+def _check_page(path: Path, page: tifffile.TiffPage, dtypes: tuple[type[np.generic], ...]) -> None:
     """ValueError, saying what is wrong, unless `page` is something this reader can read."""
-    if page.dtype != np.dtype(np.uint8):
-        raise ValueError(f"{path}: its pixels are {page.dtype}, allowed is uint8 (8 bits a band)")
+    if page.dtype not in dtypes:
+        allowed = "uint8 (8 bits a band)" + " or uint16" * (np.uint16 in dtypes)
+        raise ValueError(f"{path}: its pixels are {page.dtype}, allowed is {allowed}")
     if not page.is_tiled:
         raise ValueError(f"{path}: not tiled: {_CONVERT}")
     if page.compression not in _COMPRESSIONS:

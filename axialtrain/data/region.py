@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.block import Block
-from axialtrain.data.codec import Pixels
+from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.readers import tiles_of
 from axialtrain.data.store import (
     BLOCK,
@@ -37,12 +37,14 @@ class Region:
     """A rectangle of an image.
 
     pixels: uint8 [h, w, 3], 0 where missing. labels: uint8 [h, w], 255 where missing or no target;
-    None where the image has none. present: bool [h, w], false outside the image and in tiles that
-    its source leaves out. bytes_read, tiles_decoded: what it took.
+    None where the image has none. instances: uint16 [h, w], 0 where missing or none; None where the
+    image has no raster of them. present: bool [h, w], false outside the image and in tiles that its
+    source leaves out. bytes_read, tiles_decoded: what it took.
     """
 
     pixels: Pixels
     labels: Pixels | None
+    instances: Instances | None
     present: NDArray[np.bool_]
     bytes_read: int
     tiles_decoded: int
@@ -72,9 +74,9 @@ class Shards:
 
     images: one row each, in the order in which they were written. digest: of the manifest.
     has_labels: whether every image has a label raster. classes: the largest label of all images
-    + 1, 0 where all is unlabelled, None where no image has a raster. has_image_labels: whether
-    every image has a class of its own. image_classes: the largest of them + 1, None where no image
-    has one.
+    + 1, 0 where all is unlabelled, None where no image has a raster. has_instances: whether every
+    image has an instance raster. has_image_labels: whether every image has a class of its own.
+    image_classes: the largest of them + 1, None where no image has one.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
@@ -83,6 +85,7 @@ class Shards:
         known = [row.classes for row in manifest.images if row.classes is not None]
         self.has_labels = len(known) == len(manifest.images)
         self.classes = max(known, default=None)
+        self.has_instances = all(row.instances is not None for row in manifest.images)
         own = [row.label for row in manifest.images if row.label is not None]
         self.has_image_labels = len(own) == len(manifest.images)
         self.image_classes: int | None = max(own) + 1 if own else None
@@ -126,7 +129,7 @@ class Shards:
 
     def read(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
         """Pixels of height x width px from (y, x), uint8 [height, width, 3]; 0 where missing."""
-        return self._region(name, Rect(y, y + height, x, x + width), labels=False).pixels
+        return self._region(name, Rect(y, y + height, x, x + width), rasters=False).pixels
 
     def read_labels(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
         """Labels of height x width px from (y, x), uint8 [height, width]; 255 where there is none.
@@ -142,28 +145,47 @@ class Shards:
             block.paint_labels(labels, rect)
         return labels
 
+    def read_instances(self, name: str, y: int, x: int, height: int, width: int) -> Instances:
+        """Instances of height x width px from (y, x), uint16 [height, width]; 0 where none is.
+
+        ValueError if the image has no instance raster.
+        """
+        rect, head = Rect(y, y + height, x, x + width), self.head(name)
+        _check_rect(rect)
+        if head.instances is None:
+            raise ValueError(f"image {name!r} has no instances: shard it with `instances=`")
+        instances = np.zeros((height, width), np.uint16)
+        for block in self._blocks(head, rect)[0]:
+            block.paint_instances(instances, rect)
+        return instances
+
     def region(self, name: str, rect: Rect) -> Region:
-        """Pixels, labels and presence of `rect`, in px of the image; it may reach outside.
+        """All that is known of `rect`, in px of the image; it may reach outside.
 
         ValueError naming shard, offset and member if what is stored is damaged.
         """
-        return self._region(name, rect, labels=True)
+        return self._region(name, rect, rasters=True)
 
-    def _region(self, name: str, rect: Rect, *, labels: bool) -> Region:
+    def _region(self, name: str, rect: Rect, *, rasters: bool) -> Region:
         _check_rect(rect)
         head = self.head(name)
         size = (rect.height, rect.width)
         pixels = np.zeros((*size, 3), np.uint8)
         present = np.zeros(size, np.bool_)
-        labels = labels and head.classes is not None
-        raster = np.full(size, UNLABELLED, np.uint8) if labels else None
+        labels = instances = None
+        if rasters and head.classes is not None:
+            labels = np.full(size, UNLABELLED, np.uint8)
+        if rasters and head.instances is not None:
+            instances = np.zeros(size, np.uint16)
         blocks, bytes_read = self._blocks(head, rect)
         tiles = 0
         for block in blocks:
             tiles += block.paint_pixels(pixels, present, rect)
-            if raster is not None:
-                block.paint_labels(raster, rect)
-        return Region(pixels, raster, present, bytes_read, tiles)
+            if labels is not None:
+                block.paint_labels(labels, rect)
+            if instances is not None:
+                block.paint_instances(instances, rect)
+        return Region(pixels, labels, instances, present, bytes_read, tiles)
 
     def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
         """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""

@@ -5,7 +5,7 @@ margin each row band has a marker of one of CLASSES colours, on the bottom margi
 has one; the classes are drawn uniformly and independently. A parcel carries the row texture or the
 column texture, by chance: its label is the class of its row's marker, or of its column's. Its
 brightness, hue and noise say nothing. A gap of GAP px between field and markers keeps any one
-patch from seeing both; gap, markers and corner are unlabelled.
+patch from seeing both; gap, markers and corner are unlabelled. Each parcel is an instance.
 
 What can be had without long range. Far from the markers, the class of a pixel is independent of
 what a model sees there, whatever it predicts. Let class c, of C equiprobable ones, be predicted on
@@ -28,7 +28,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from axialtrain.data.codec import Pixels
+from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.order import MAX_SEED
 from axialtrain.data.store import UNLABELLED
 from axialtrain.grid import Rect
@@ -53,6 +53,7 @@ class Scene:
     """A drawn scene and the truth about it.
 
     pixels: uint8 [size, size, 3]. labels: uint8 [size, size], 255 where there is no target.
+    instances: uint16 [size, size], the parcels from 1, row by row; 0 where there is none.
     row_edges, col_edges: px, borders of the bands, one more than there are bands.
     row_classes, col_classes: class of each band's marker. by_row: bool [rows, cols], whether a
     parcel follows its row. field: side of the field of parcels, px.
@@ -60,6 +61,7 @@ class Scene:
 
     pixels: Pixels
     labels: Pixels
+    instances: Instances
     row_edges: list[int]
     col_edges: list[int]
     row_classes: NDArray[np.int64]
@@ -86,11 +88,12 @@ def draw_scenes(
     seed: int,
     first: int = 0,
     bands: tuple[int, int] = (6, 8),
-) -> list[tuple[Path, Path]]:
+) -> list[tuple[Path, Path, Path]]:
     """Draw scenes number first .. first+count-1 of `seed` into the folder `out`.
 
     size: px, at least 512. bands: fewest and most row bands, and column bands, of a scene.
-    Returns (image, labels) of each: a pyramidal JPEG TIFF, and a raster of uint8 labels.
+    Returns (image, labels, instances) of each: a pyramidal JPEG TIFF, a raster of uint8 labels and
+    one of uint16 instances.
     """
     if count < 1:
         raise ValueError(f"count is {count}, allowed is at least 1")
@@ -101,9 +104,11 @@ def draw_scenes(
         scene = draw_scene(size=size, seed=seed, index=index, bands=bands)
         image = out / f"scene_{index:04d}.tif"
         labels = out / f"scene_{index:04d}_labels.tif"
+        instances = out / f"scene_{index:04d}_instances.tif"
         _write_image(image, scene.pixels)
-        tifffile.imwrite(labels, scene.labels, tile=(TILE, TILE), compression="zlib", metadata=None)
-        paths.append((image, labels))
+        for path, raster in ((labels, scene.labels), (instances, scene.instances)):
+            tifffile.imwrite(path, raster, tile=(TILE, TILE), compression="zlib", metadata=None)
+        paths.append((image, labels, instances))
     return paths
 
 
@@ -124,6 +129,7 @@ def draw_scene(*, size: int, seed: int, index: int = 0, bands: tuple[int, int] =
     scene = Scene(
         pixels=np.full((size, size, 3), _NEUTRAL, np.uint8),
         labels=np.full((size, size), UNLABELLED, np.uint8),
+        instances=np.zeros((size, size), np.uint16),
         row_edges=row_edges,
         col_edges=col_edges,
         row_classes=rng.integers(0, CLASSES, rows),
@@ -154,6 +160,7 @@ def _draw_parcels(scene: Scene, rng: np.random.Generator) -> None:
             texture = _cut(stripes, rng, area, horizontal=by_row)
             _paint(scene.pixels[here], texture, colour)
             scene.labels[here] = scene.row_classes[r] if by_row else scene.col_classes[c]
+            scene.instances[here] = r * (len(scene.col_edges) - 1) + c + 1
 
 
 def _draw_markers(scene: Scene, rng: np.random.Generator) -> None:

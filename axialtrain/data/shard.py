@@ -21,17 +21,15 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from axialtrain.data.checked import shown
 from axialtrain.data.codec import Pixels, encode_jpeg, encode_png
-from axialtrain.data.readers import Reader, open_image, tiles_of
+from axialtrain.data.inputs import Input, check_inputs
+from axialtrain.data.readers import Reader, TiffReader, open_image, open_instances, tiles_of
 from axialtrain.data.store import (
     BLOCK,
+    INSTANCES,
     LABELS,
     MANIFEST,
-    MAX_BLOCKS,
     MAX_HEAD_BYTES,
-    MAX_LABEL,
-    MAX_LEVEL,
     TAR_RECORD,
     UNLABELLED,
     BlockEntry,
@@ -40,12 +38,10 @@ from axialtrain.data.store import (
     ImageRow,
     Manifest,
     Tile,
-    block_grid,
     block_key,
     count_classes,
     head_key,
     hilbert_order,
-    image_name,
     shard_name,
     tile_member,
 )
@@ -80,6 +76,7 @@ def shard_images(
     out: str | Path,
     *,
     labels: Sequence[str | Path] | None = None,
+    instances: Sequence[str | Path] | None = None,
     image_labels: Sequence[int] | None = None,
     level: int = 0,
     shard_bytes: int = 1 << 30,
@@ -88,9 +85,10 @@ def shard_images(
     """Write `images` (paths) as shards into the folder `out`.
 
     labels: paths of label rasters, one per image, of the size of the stored level, one uint8 band,
-    255 where there is no target. image_labels: a class, 0 to 65535, for each whole image. level: of
-    each image's pyramid. shard_bytes: a shard is closed after the image with which it reaches this
-    size. progress: show a bar.
+    255 where there is no target. instances: likewise of rasters of instance numbers, one uint16 or
+    uint8 band, 0 where there is none; with labels only. image_labels: a class, 0 to 65535, for each
+    whole image. level: of each image's pyramid. shard_bytes: a shard is closed after the image with
+    which it reaches this size. progress: show a bar.
 
     Everything is opened and compared before anything is written: ValueError names what is wrong.
     """
@@ -98,7 +96,7 @@ def shard_images(
     _check_out(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}, allowed is at least 1")
-    jobs = _check(images, labels, image_labels, level)
+    jobs = check_inputs(images, labels, instances, image_labels, level)
     with _naming(out):
         out.mkdir(parents=True, exist_ok=True)
     rows: list[ImageRow] = []
@@ -143,85 +141,10 @@ def _naming(out: Path) -> Iterator[None]:
         raise ValueError(f"{out}: cannot be the folder of the shards ({error})") from error
 
 
-@dataclass(frozen=True)
-class _Job:
-    """An image that has been checked, and what it is stored as."""
-
-    name: str
-    image: Path
-    labels: Path | None
-    label: int | None
-    level: int
-    blocks: int
-
-
-def _check(
-    images: Sequence[str | Path],
-    labels: Sequence[str | Path] | None,
-    image_labels: Sequence[int] | None,
-    level: int,
-) -> list[_Job]:
-    """Open every input once, so that what is wrong with the last is said before the first."""
-    if not images:
-        raise ValueError("images is empty, allowed is at least one path")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(
-            f"labels has {len(labels)} paths, allowed is one for each of the {len(images)} images"
-        )
-    if image_labels is not None:
-        _check_image_labels(image_labels, len(images))
-    if not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"level is {level}, allowed is 0 to {MAX_LEVEL}")
-    jobs: dict[str, _Job] = {}
-    for index, image in enumerate(images):
-        raster = None if labels is None else Path(labels[index])
-        label = None if image_labels is None else int(image_labels[index])
-        name = image_name(image)
-        if name in jobs:
-            raise ValueError(
-                f"{image}: would be stored as {name!r}, and so would {jobs[name].image}"
-            )
-        with open_image(image, level) as reader:
-            if reader.bands != 3:
-                raise ValueError(f"{image}: has {reader.bands} band, allowed is 3 (RGB)")
-            rows, cols = block_grid(reader.height, reader.width, reader.tile)
-            if rows * cols > MAX_BLOCKS:
-                raise ValueError(f"{image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
-            if raster is not None:
-                _check_raster(raster, reader)
-        jobs[name] = _Job(name, Path(image), raster, label, level, rows * cols)
-    return list(jobs.values())
-
-
-def _check_image_labels(labels: Sequence[int], images: int) -> None:
-    if len(labels) != images:
-        raise ValueError(
-            f"image_labels has {len(labels)} classes, allowed is one for each of the {images} "
-            "images"
-        )
-    for index, label in enumerate(labels):
-        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
-        if not whole or not 0 <= label <= MAX_LABEL:
-            raise ValueError(
-                f"image_labels[{index}] is {shown(label)}, allowed is a class from 0 to {MAX_LABEL}"
-            )
-
-
-def _check_raster(path: Path, image: Reader) -> None:
-    with open_image(path) as raster:
-        if raster.bands != 1:
-            raise ValueError(f"{path}: has {raster.bands} bands, allowed for labels is 1")
-        if (raster.height, raster.width) != (image.height, image.width):
-            raise ValueError(
-                f"{path}: is {raster.height} x {raster.width} px, allowed for labels is the size "
-                f"of {image.path}, {image.height} x {image.width}"
-            )
-
-
 class _ImageWriter:
-    """Writes one image's blocks and head into an open tar, counting tiles and classes."""
+    """Writes one image's blocks and head into an open tar, counting tiles, classes, instances."""
 
-    def __init__(self, job: _Job, shard: str, file: BinaryIO, bar: tqdm[NoReturn]) -> None:
+    def __init__(self, job: Input, shard: str, file: BinaryIO, bar: tqdm[NoReturn]) -> None:
         self._job = job
         self._shard = shard
         self._file = file
@@ -229,12 +152,17 @@ class _ImageWriter:
         self.tiles = 0
         self.copied = 0
         self._classes = 0
+        self._instances = 0
 
     def write(self) -> ImageRow:
         job = self._job
         with ExitStack() as files:
             image = files.enter_context(open_image(job.image, job.level))
-            raster = None if job.labels is None else files.enter_context(open_image(job.labels))
+            labels = instances = None
+            if job.labels is not None:
+                labels = files.enter_context(open_image(job.labels))
+            if job.instances is not None:
+                instances = files.enter_context(open_instances(job.instances))
             head = Head(
                 name=job.name,
                 height=image.height,
@@ -252,13 +180,24 @@ class _ImageWriter:
             )
             blocks = []
             for row, col in hilbert_order(*head.block_grid):
-                blocks.append(self._write_block(head, image, raster, row, col))
+                blocks.append(self._write_block(head, image, labels, instances, row, col))
                 self._bar.update()
-        classes = None if job.labels is None else self._classes
-        return self._write_head(replace(head, classes=classes, blocks=tuple(blocks)))
+        head = replace(
+            head,
+            classes=None if job.labels is None else self._classes,
+            instances=None if job.instances is None else self._instances,
+            blocks=tuple(blocks),
+        )
+        return self._write_head(head)
 
     def _write_block(
-        self, head: Head, image: Reader, raster: Reader | None, row: int, col: int
+        self,
+        head: Head,
+        image: Reader,
+        labels: Reader | None,
+        instances: TiffReader | None,
+        row: int,
+        col: int,
     ) -> BlockEntry:
         sample: dict[str, bytes] = {}
         tiles = []
@@ -271,13 +210,21 @@ class _ImageWriter:
                     sample[member] = data
                     tiles.append(Tile(r, c, member, google_crc32c.value(data)))
         self.tiles += len(tiles)
-        crc = None
-        if raster is not None:
-            labels = _labels(raster, head, row, col)
-            self._classes = max(self._classes, count_classes(labels))
-            sample[LABELS] = encode_png(labels)
-            crc = google_crc32c.value(sample[LABELS])
-        sample["json"] = BlockIndex(row, col, tuple(tiles), crc).to_json()
+        labels_crc = instances_crc = None
+        rect = head.block_rect(row, col)
+        if labels is not None:
+            # A tile that a sparse raster leaves out is unlabelled, not class 0.
+            raster = labels.read(rect, fill=UNLABELLED)[..., 0]
+            self._classes = max(self._classes, count_classes(raster))
+            sample[LABELS] = encode_png(raster)
+            labels_crc = google_crc32c.value(sample[LABELS])
+        if instances is not None:
+            numbers = instances.read_instances(rect)
+            self._instances = max(self._instances, int(numbers.max()))
+            sample[INSTANCES] = encode_png(numbers)
+            instances_crc = google_crc32c.value(sample[INSTANCES])
+        index = BlockIndex(row, col, tuple(tiles), labels_crc, instances_crc)
+        sample["json"] = index.to_json()
         data = _members(block_key(head.name, head.level, row, col), sample)
         offset = self._file.tell()
         self._file.write(data)
@@ -310,15 +257,8 @@ class _ImageWriter:
             width=head.width,
             classes=head.classes,
             label=head.label,
+            instances=head.instances,
         )
-
-
-def _labels(raster: Reader, head: Head, row: int, col: int) -> Pixels:
-    """The label raster of block (row, col), cut at the border, uint8 [h, w].
-
-    A tile that a sparse raster leaves out is unlabelled, not class 0.
-    """
-    return raster.read(head.block_rect(row, col), fill=UNLABELLED)[..., 0]
 
 
 def _members(key: str, sample: dict[str, bytes]) -> bytes:

@@ -6,6 +6,7 @@ A folder of plain WebDataset tars and one `manifest.json`. An image is a run of 
         .00.jpg ... .63.jpg                its tiles, number = row in the block * 8 + column
         .json                              which tiles are there, CRC-32C of each   -> BlockIndex
         .labels.png                        its label raster, cut at the image's border
+        .instances.png                     its instance raster, likewise
     {image}/head                           the last sample
         .json                              size, class, where each block lies       -> Head
         .thumbnail.jpg
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BLOCK = 8  # tiles along each side of a block
 LABELS = "labels.png"  # a block's member
+INSTANCES = "instances.png"  # and another
 UNLABELLED = 255  # label of a pixel that is no target
 BANDS = 3  # of a stored image: RGB
 
@@ -42,6 +44,7 @@ MAX_LEVEL = 64
 MAX_BLOCKS = 1 << 20  # of an image
 MAX_IMAGES = 1 << 22
 MAX_LABEL = (1 << 16) - 1  # the class of a whole image
+MAX_INSTANCE = (1 << 16) - 1  # a number in an instance raster
 MAX_BYTES = 1 << 50  # of a shard: beyond any file, within exact JSON numbers
 MAX_HEAD_BYTES = 1 << 28
 MAX_MANIFEST_BYTES = 1 << 30
@@ -50,6 +53,7 @@ TAR_RECORD = 512  # bytes: a tar header, and what members are padded to
 ENCODINGS = ("jpg", "png")
 # A member of more than 100 characters gets a header of another kind, which is in no directory.
 MAX_NAME = 100 - len(f"/{MAX_LEVEL}/00000_00000.{LABELS}")
+MAX_NAME_WITH_INSTANCES = MAX_NAME - (len(INSTANCES) - len(LABELS))
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 _NAME_WORDS = f"a name of at most {MAX_NAME} of A-Z a-z 0-9 . _ - that does not start with . or -"
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.tar")
@@ -98,9 +102,10 @@ def max_tile_bytes(tile: int) -> int:
     return tile * tile * 6 + (1 << 16)
 
 
-def max_block_bytes(tile: int) -> int:
+def max_block_bytes(tile: int, *, instances: bool) -> int:
     """The most that a block may take, labels, index and tar headers included."""
-    return BLOCK * BLOCK * (max_tile_bytes(tile) + tile * tile * 2 + 2 * TAR_RECORD) + (1 << 20)
+    rasters = tile * tile * (2 + 4 * instances)  # twice what they take in memory
+    return BLOCK * BLOCK * (max_tile_bytes(tile) + rasters + 2 * TAR_RECORD) + (1 << 20)
 
 
 def hilbert_order(rows: int, cols: int) -> list[tuple[int, int]]:
@@ -137,15 +142,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """The JSON of a block. labels_crc32c: of `labels.png`, None where the image has no labels."""
+    """The JSON of a block.
+
+    labels_crc32c, instances_crc32c: of `labels.png` and `instances.png`, None where the image has
+    no such raster.
+    """
 
     row: int
     col: int
     tiles: tuple[Tile, ...]
     labels_crc32c: int | None
+    instances_crc32c: int | None = None
 
     def to_json(self) -> bytes:
-        return _dump(asdict(self))
+        return _dump(_fields(self))
 
     @staticmethod
     def from_json(data: bytes, head: Head, row: int, col: int, where: str) -> BlockIndex:
@@ -163,9 +173,12 @@ class BlockIndex:
             if (r, c) in tiles:
                 raise ValueError(f"{item.where}: tile row={r} col={c} stands there twice")
             tiles[r, c] = Tile(r, c, member, item.integer("crc32c", 0, _CRC_MAX))
-        labelled = head.classes is not None
-        crc = record.integer("labels_crc32c", 0, _CRC_MAX) if labelled else None
-        return BlockIndex(row, col, tuple(tiles.values()), crc)
+        labels = instances = None
+        if head.classes is not None:
+            labels = record.integer("labels_crc32c", 0, _CRC_MAX)
+        if head.instances is not None:
+            instances = record.integer("instances_crc32c", 0, _CRC_MAX)
+        return BlockIndex(row, col, tuple(tiles.values()), labels, instances)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +198,7 @@ class Head:
 
     height, width: px of the stored level. tile: px. mpp: micrometres per px of the stored level.
     level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
-    encoding: of the tiles, "jpg" or "png". classes, label: as in ImageRow.
+    encoding: of the tiles, "jpg" or "png". classes, label, instances: as in ImageRow.
     group: images that belong in the same split.
     """
 
@@ -202,6 +215,7 @@ class Head:
     group: str
     blocks: tuple[BlockEntry, ...]
     label: int | None = None
+    instances: int | None = None
 
     @property
     def rect(self) -> Rect:
@@ -236,14 +250,17 @@ class Head:
         mpp = None if record.values.get("mpp") is None else record.number("mpp", 1e-9, 1e9)
         if record.integer_or_none("classes", 0, UNLABELLED) != row.classes:
             raise record.wrong("classes", f"{row.classes}, as in {MANIFEST}")
-        if _label(record) != row.label:
+        if _absent_or(record, "label", MAX_LABEL) != row.label:
             raise record.wrong("label", f"{row.label}, as in {MANIFEST}")
+        if _absent_or(record, "instances", MAX_INSTANCE) != row.instances:
+            raise record.wrong("instances", f"{row.instances}, as in {MANIFEST}")
         rows, cols = block_grid(height, width, tile)
         if rows * cols > MAX_BLOCKS:
             raise record.wrong("tile", f"a size that makes at most {MAX_BLOCKS} blocks")
+        most = min(max_block_bytes(tile, instances=row.instances is not None), shard_bytes)
         blocks: dict[tuple[int, int], BlockEntry] = {}
         for item in record.records("blocks", rows * cols):
-            entry = _block_entry(item, (rows, cols), tile, shard_bytes)
+            entry = _block_entry(item, (rows, cols), most, shard_bytes)
             blocks[entry.row, entry.col] = entry
         if len(blocks) != rows * cols:
             raise ValueError(
@@ -264,11 +281,12 @@ class Head:
             group=record.text("group", _NAME, _NAME_WORDS),
             blocks=tuple(blocks.values()),
             label=row.label,
+            instances=row.instances,
         )
 
 
-def _block_entry(item: Record, grid: tuple[int, int], tile: int, shard_bytes: int) -> BlockEntry:
-    length = item.integer("length", TAR_RECORD, min(max_block_bytes(tile), shard_bytes))
+def _block_entry(item: Record, grid: tuple[int, int], most: int, shard_bytes: int) -> BlockEntry:
+    length = item.integer("length", TAR_RECORD, most)
     return BlockEntry(
         row=item.integer("row", 0, grid[0] - 1),
         col=item.integer("col", 0, grid[1] - 1),
@@ -290,7 +308,8 @@ class ImageRow:
 
     head_offset, head_length: the bytes of the head's JSON in `shard`; head_sha256: of those bytes.
     height, width: px. classes: the largest label of its raster + 1, 0 where all is unlabelled, None
-    without a raster. label: the class of the whole image, None where it has none.
+    without a raster. label: the class of the whole image, None where it has none. instances: the
+    largest number in its instance raster, None without one; only an image with labels has one.
     """
 
     name: str
@@ -302,10 +321,11 @@ class ImageRow:
     width: int
     classes: int | None
     label: int | None = None
+    instances: int | None = None
 
     @staticmethod
     def from_record(item: Record) -> ImageRow:
-        return ImageRow(
+        row = ImageRow(
             name=item.text("name", _NAME, _NAME_WORDS),
             shard=item.text("shard", _SHARD, _SHARD_WORDS),
             head_offset=item.integer("head_offset", 0, MAX_BYTES),
@@ -314,8 +334,12 @@ class ImageRow:
             height=item.integer("height", 1, MAX_SIDE),
             width=item.integer("width", 1, MAX_SIDE),
             classes=item.integer_or_none("classes", 0, UNLABELLED),
-            label=_label(item),
+            label=_absent_or(item, "label", MAX_LABEL),
+            instances=_absent_or(item, "instances", MAX_INSTANCE),
         )
+        if row.instances is not None and row.classes is None:
+            raise item.wrong("instances", "none where there are no labels (classes is null)")
+        return row
 
 
 @dataclass(frozen=True)
@@ -350,16 +374,15 @@ class Manifest:
         return Manifest(rows)
 
 
-def _label(record: Record) -> int | None:
-    """The class of the whole image; None also where there is no such key, as in older shards."""
-    if record.values.get("label") is None:
-        return None
-    return record.integer("label", 0, MAX_LABEL)
+def _absent_or(record: Record, key: str, most: int) -> int | None:
+    """The integer at `key`; None also where there is no such key, as in older shards."""
+    return None if record.values.get(key) is None else record.integer(key, 0, most)
 
 
-def _fields(record: Head | ImageRow) -> dict[str, object]:
-    """What of `record` its JSON holds. No label is no key, so that older digests stay."""
-    return {k: v for k, v in asdict(record).items() if k != "label" or v is not None}
+def _fields(record: BlockIndex | Head | ImageRow) -> dict[str, object]:
+    """What of `record` its JSON holds. Of what came later, None is no key: older digests stay."""
+    later = ("label", "instances", "instances_crc32c")
+    return {k: v for k, v in asdict(record).items() if k not in later or v is not None}
 
 
 def _dump(value: object) -> bytes:

@@ -267,6 +267,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         valid=batch.valid.to(device),
         weight=batch.weight.to(device),
         targets=None if batch.targets is None else batch.targets.to(device),
+        instances=None if batch.instances is None else batch.instances.to(device),
     )
 
 

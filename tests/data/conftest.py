@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,15 @@ SIZES = {"wide": (200, 300), "small": (70, 50), "tall": (257, 97)}
 
 @dataclass(frozen=True)
 class Source:
-    """Images that were sharded without loss (16 px tiles), and what they hold."""
+    """Images that were sharded without loss (16 px tiles), and what they hold.
+
+    instances: empty where none were sharded.
+    """
 
     url: str
     pixels: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
+    instances: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +59,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
         progress=False,
     )
     return Source(str(folder / "shards"), pixels, labels)
+
+
+@pytest.fixture(scope="session")
+def numbered(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The images of `source` with their labels and instances, from 8-bit and 16-bit rasters."""
+    folder = tmp_path_factory.mktemp("numbered")
+    images = Path(source.url).parent
+    rng = np.random.default_rng(1)
+    instances = {name: rng.integers(0, 1 << 16, size, np.uint16) for name, size in SIZES.items()}
+    instances["wide"][:2, 0] = (0, 65535)
+    instances["small"] %= 200
+    for name, options in (
+        ("wide", {"compression": "zlib", "predictor": True}),
+        ("small", {"dtype": np.uint8}),
+        ("tall", {"byteorder": ">"}),
+    ):
+        raster = instances[name].astype(options.pop("dtype", np.uint16))
+        tifffile.imwrite(folder / f"{name}.tif", raster, tile=(32, 32), **options)
+    shard_images(
+        [images / f"{name}.tif" for name in SIZES],
+        folder / "shards",
+        labels=[images / f"{name}_labels.tif" for name in SIZES],
+        instances=[folder / f"{name}.tif" for name in SIZES],
+        progress=False,
+    )
+    return Source(str(folder / "shards"), source.pixels, source.labels, instances)

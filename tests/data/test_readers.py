@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,14 @@ import pytest
 import tifffile
 from PIL import Image
 
-from axialtrain.data.codec import decode, encode_png, jpeg_shape, standalone_jpeg
-from axialtrain.data.readers import open_image, tiles_of
+from axialtrain.data.codec import (
+    decode,
+    decode_instances,
+    encode_png,
+    jpeg_shape,
+    standalone_jpeg,
+)
+from axialtrain.data.readers import open_image, open_instances, tiles_of
 from axialtrain.grid import Rect
 
 SMOOTH = np.add.outer(np.arange(150), np.arange(200))[..., None] // np.array([2, 3, 4])
@@ -202,6 +209,57 @@ def test_header_is_compared_before_decoding() -> None:
     small = encode_png(np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode(small[:40], (16, 16, 3))
+
+
+def test_png_of_instances_is_what_it_claims_to_be() -> None:
+    numbers = np.arange(12 * 20, dtype=np.uint16).reshape(12, 20) * 270
+    data = encode_png(numbers)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), numbers)
+    np.testing.assert_array_equal(decode_instances(data, (12, 20)), numbers)
+    with pytest.raises(ValueError, match=r"shape \(12, 20\) where \(20, 12\)"):
+        decode_instances(data, (20, 12))
+    for other in (numbers.astype(np.uint8), np.zeros((12, 20, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"is a PNG of 8 bits .*, not 16-bit grey"):
+            decode_instances(encode_png(other), (12, 20))
+    for wrong in (np.zeros((12, 20, 3), np.uint16), np.zeros((12, 20, 2), np.uint16)):
+        with pytest.raises(ValueError, match=r"is a PNG of 16 bits .*, not 16-bit grey"):
+            decode_instances(bytes(imagecodecs.png_encode(wrong)), (12, 20))
+    with pytest.raises(ValueError, match=r"is a PNG of 16 bits .*, not 8-bit grey or RGB"):
+        decode(data, (12, 20, 1))
+    with pytest.raises(ValueError, match="no PNG"):
+        decode_instances(b"nothing", (12, 20))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_instances(data[:60], (12, 20))
+
+
+def test_png_with_a_transparent_value_is_decoded_to_what_was_promised_or_refused() -> None:
+    """A chunk behind the header that decoders may turn into a band of its own."""
+    chunk = b"tRNS\0\0"
+    chunk = b"\0\0\0\2" + chunk + zlib.crc32(chunk).to_bytes(4)
+    for values in (np.eye(16, dtype=np.uint8), np.eye(16, dtype=np.uint16)):
+        data = encode_png(values)
+        at = data.index(b"IDAT") - 4
+        data = data[:at] + chunk + data[at:]
+        try:
+            if values.dtype == np.uint8:
+                got = decode(data, (16, 16, 1))[..., 0]
+            else:
+                got = decode_instances(data, (16, 16))
+            np.testing.assert_array_equal(got, values)
+        except ValueError as error:
+            assert "decodes to " in str(error)
+
+
+def test_absent_tiles_of_instances_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tiles = [np.full((64, 64), 700, np.uint16), None]
+    tifffile.imwrite(path, iter(tiles), shape=(64, 128), dtype=np.uint16, tile=(64, 64))
+    with open_instances(path) as raster:
+        numbers = raster.read_instances(Rect(-2, 64, 0, 128))
+    assert numbers.dtype == np.uint16
+    assert not numbers[:2].any()
+    assert (numbers[2:, :64] == 700).all()
+    assert not numbers[:, 64:].any()
 
 
 def test_tiles_of_a_rectangle() -> None:

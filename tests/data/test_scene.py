@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from axialtrain.data.readers import open_image
+from axialtrain.data.readers import open_image, open_instances
 from axialtrain.data.scene import (
     CLASSES,
     COLOURS,
@@ -56,6 +57,34 @@ def test_only_the_field_is_labelled() -> None:
     assert gap.shape[0] >= 64
 
 
+@pytest.mark.parametrize("size", [512, 777])
+def test_instances_number_the_parcels_row_by_row(size: int) -> None:
+    scene = draw_scene(size=size, seed=2, bands=(2, 5))
+    assert scene.instances.dtype == np.uint16
+    number = 0
+    for top, bottom in bands(scene.row_edges):
+        for left, right in bands(scene.col_edges):
+            number += 1
+            assert (scene.instances[top:bottom, left:right] == number).all()
+    # Where no class is, no instance is, and the other way round.
+    np.testing.assert_array_equal(scene.instances == 0, scene.labels == UNLABELLED)
+
+
+@pytest.mark.parametrize(
+    ("size", "seed", "few", "digest"),
+    [
+        (512, 0, (6, 8), "9586c89ed0b6f0e3c824a65be4751de57cd1914a4398eb2f88b8767a9f8749ba"),
+        (777, 3, (2, 3), "cb4ef25406e4ff69913ddce26a327a1bb8f078acc9dfdcfbf7b9d51711548a00"),
+    ],
+)
+def test_scenes_are_those_of_before_there_were_instances(
+    size: int, seed: int, few: tuple[int, int], digest: str
+) -> None:
+    scene = draw_scene(size=size, seed=seed, bands=few)
+    drawn = scene.pixels.tobytes() + scene.labels.tobytes()
+    assert hashlib.sha256(drawn).hexdigest() == digest
+
+
 def test_bands_are_cut_at_arbitrary_pixels() -> None:
     scenes = [draw_scene(size=1024, seed=0, index=i) for i in range(12)]
     edges = np.concatenate([s.row_edges[1:-1] + s.col_edges[1:-1] for s in scenes])
@@ -93,11 +122,13 @@ def test_texture_and_brightness_say_nothing_about_the_class() -> None:
 
 def test_files_hold_the_scene(tmp_path: Path) -> None:
     paths = draw_scenes(tmp_path, count=2, size=700, seed=3, first=5)
-    assert [p.name for pair in paths for p in pair] == [
+    assert [p.name for scene in paths for p in scene] == [
         "scene_0005.tif",
         "scene_0005_labels.tif",
+        "scene_0005_instances.tif",
         "scene_0006.tif",
         "scene_0006_labels.tif",
+        "scene_0006_instances.tif",
     ]
     scene = draw_scene(size=700, seed=3, index=5)
     with open_image(paths[0][0]) as image, open_image(paths[0][1]) as labels:
@@ -106,6 +137,8 @@ def test_files_hold_the_scene(tmp_path: Path) -> None:
         error = np.abs(image.read(whole).astype(int) - scene.pixels)
         assert error.mean() < 10
         np.testing.assert_array_equal(labels.read(whole)[..., 0], scene.labels)
+    with open_instances(paths[0][2]) as instances:
+        np.testing.assert_array_equal(instances.read_instances(whole), scene.instances)
     with tifffile.TiffFile(paths[0][0]) as tiff:
         assert [level.shape[0] for level in tiff.series[0].levels] == [700, 350, 175]
     again = draw_scenes(tmp_path / "again", count=1, size=700, seed=3, first=5)

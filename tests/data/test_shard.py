@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -22,7 +23,14 @@ from axialtrain.data import shard
 from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
-from axialtrain.data.store import MAX_LEVEL, MAX_NAME, TAR_RECORD, block_key, hilbert_order
+from axialtrain.data.store import (
+    MAX_LEVEL,
+    MAX_NAME,
+    MAX_NAME_WITH_INSTANCES,
+    TAR_RECORD,
+    block_key,
+    hilbert_order,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 6, (300, 200), np.uint8)
@@ -43,6 +51,46 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     one, two = (sorted((tmp_path / out).iterdir()) for out in ("one", "two"))
     assert [p.name for p in one] == ["manifest.json", "shard-00000.tar"] == [p.name for p in two]
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+@pytest.mark.parametrize(
+    ("options", "manifest", "tar"),
+    [
+        (
+            {},
+            "2fa2855376b1686b1382da27d4a37820ae30ddfde524d687a6a1f768ef73f49a",
+            "31f147a8e18b5eca62947e2c520262466db62fe6c34af69b78e8f811fdcb58d4",
+        ),
+        (
+            {"labels": ["labels.tif"]},
+            "98df12bf3f6b38063bede05854b9157c0af87ef21f19be93d237b8c22fd0670a",
+            "eccf3e701846627d480b18e873c431b2f9ff592f1cf530556fd0be39a5fe8277",
+        ),
+        (
+            {"labels": ["labels.tif"], "image_labels": [3]},
+            "265658f619896abfe5bdcbc69dc6ee7559dd9627f704956b938460e3bfaad8e4",
+            "869ffe83a9ed1d4063f4069f48319641f4e3430c7e8d7bd6b599d8ee59e0e3fd",
+        ),
+    ],
+)
+def test_without_instances_the_bytes_are_those_of_before_there_were_any(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    manifest: str,
+    tar: str,
+) -> None:
+    """Nothing is encoded, and no source hashed, so that no library's version counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shard, "encode_png", lambda pixels: pixels.tobytes())
+    monkeypatch.setattr(shard, "encode_jpeg", lambda pixels, quality: pixels.tobytes())
+    monkeypatch.setattr(shard, "_sha256", lambda path: "0" * 64)
+    pixels = np.arange(40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
+    tifffile.imwrite("a.tif", pixels, tile=(16, 16), photometric="rgb")
+    tifffile.imwrite("labels.tif", pixels[..., 0] % 7, tile=(16, 16))
+    shard_images(["a.tif"], "out", progress=False, **options)
+    for name, digest in (("manifest.json", manifest), ("shard-00000.tar", tar)):
+        assert hashlib.sha256(Path("out", name).read_bytes()).hexdigest() == digest
 
 
 def test_plain_tools_read_the_shards(tmp_path: Path) -> None:
@@ -217,6 +265,35 @@ def test_all_inputs_are_checked_before_anything_is_written(tmp_path: Path) -> No
         ([], None, "images is empty"),
     ):
         with pytest.raises(ValueError, match=message):
+            shard_images(images, out, labels=rasters, progress=False)
+    many = tmp_path / "many.tif"
+    tifffile.imwrite(many, LABELS.astype(np.uint32), tile=(16, 16))
+    lossy = tmp_path / "lossy.tif"
+    tifffile.imwrite(lossy, LABELS, tile=(16, 16), compression="jpeg")
+    deep = tmp_path / "deep.tif"
+    tifffile.imwrite(deep, PIXELS.astype(np.uint16), tile=(16, 16), photometric="rgb")
+    longest = write(tmp_path, "n" * (MAX_NAME_WITH_INSTANCES + 1))[0]
+    for images, instances, message in (
+        ([image], [small], "small.tif: is 100 x 200 px, allowed for instances is the size"),
+        ([image], [image], "a.b.tif: has 3 bands, allowed for instances is 1"),
+        ([image], [deep], "deep.tif: has 3 bands, allowed for instances is 1"),
+        ([image], [many], r"many.tif: its pixels are uint32, allowed is uint8 .* or uint16"),
+        ([image], [lossy], "lossy.tif: its compression is JPEG, allowed for instances"),
+        ([image], [tmp_path / "none.tif"], "none.tif: there is no such file"),
+        ([image, image], [labels], "instances has 1 paths, allowed is one for each of the 2"),
+        ([image], [], "instances has 0 paths"),
+        ([longest], [labels], rf"has {MAX_NAME_WITH_INSTANCES + 1} characters, allowed with inst"),
+    ):
+        rasters = [labels] * len(images)
+        with pytest.raises(ValueError, match=message):
+            shard_images(images, out, labels=rasters, instances=instances, progress=False)
+    with pytest.raises(ValueError, match="instances has 1 paths and labels is missing, allowed"):
+        shard_images([image], out, instances=[labels], progress=False)
+    # What instances may be, images and labels may not.
+    for images, rasters in (([deep], None), ([image], [deep])):
+        with pytest.raises(
+            ValueError, match=r"deep\.tif: its pixels are uint16, allowed is uint8 "
+        ):
             shard_images(images, out, labels=rasters, progress=False)
     with pytest.raises(ValueError, match="level is 65, allowed is 0 to 64"):
         shard_images([image], out, level=65, progress=False)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from axialtrain.data.store import (
+    INSTANCES,
     LABELS,
     MAX_LEVEL,
     MAX_NAME,
+    MAX_NAME_WITH_INSTANCES,
     BlockEntry,
     BlockIndex,
     Head,
@@ -23,6 +25,7 @@ from axialtrain.data.store import (
     count_classes,
     hilbert_order,
     image_name,
+    max_block_bytes,
     tile_member,
 )
 
@@ -79,6 +82,8 @@ def test_name_may_be_as_long_as_its_longest_member_allows() -> None:
     longest = "n" * MAX_NAME
     assert image_name(f"x/{longest}.tif") == longest
     assert len(f"{block_key(longest, MAX_LEVEL, 99999, 99999)}.{LABELS}") == 100
+    shorter = "n" * MAX_NAME_WITH_INSTANCES
+    assert len(f"{block_key(shorter, MAX_LEVEL, 99999, 99999)}.{INSTANCES}") == 100
     with pytest.raises(ValueError, match=rf"would have {MAX_NAME + 1} char.* at most {MAX_NAME} "):
         image_name(f"x/{longest}n.tif")
 
@@ -115,6 +120,53 @@ def test_records_without_a_class_are_those_of_before_there_were_classes() -> Non
     assert Manifest.from_json(json.dumps(data).encode(), "m") == manifest
 
 
+@pytest.mark.parametrize("instances", [0, 7, 65535])
+def test_number_of_instances_survives_json(instances: int) -> None:
+    row = replace(ROW, classes=3, instances=instances)
+    head = replace(HEAD, classes=3, instances=instances)
+    assert Manifest.from_json(Manifest((row, ROW_2)).to_json(), "m").images == (row, ROW_2)
+    assert Head.from_json(head.to_json(), row, 1 << 20, "h") == head
+    tiles = (Tile(8, 1, tile_member(8, 1, "png"), 5),)
+    index = BlockIndex(1, 0, tiles, labels_crc32c=6, instances_crc32c=7)
+    assert BlockIndex.from_json(index.to_json(), head, 1, 0, "b") == index
+    without = replace(index, instances_crc32c=None).to_json()
+    with pytest.raises(ValueError, match=r"^b: instances_crc32c is missing, allowed is"):
+        BlockIndex.from_json(without, head, 1, 0, "b")
+
+
+def test_records_without_instances_do_not_speak_of_them() -> None:
+    index = BlockIndex(1, 0, (), 5)
+    assert b"instances" not in Manifest((ROW,)).to_json() + HEAD.to_json() + index.to_json()
+
+
+def test_instances_without_labels_are_refused() -> None:
+    data = Manifest((replace(ROW, instances=3),)).to_json()
+    with pytest.raises(ValueError, match=r"^m: images\[0\]: instances is 3, allowed is none where"):
+        Manifest.from_json(data, "m")
+
+
+@pytest.mark.parametrize(("of_row", "of_head"), [(None, 3), (3, None), (3, 4), (1, True)])
+def test_head_of_other_instances_is_refused(of_row: int | None, of_head: int | None) -> None:
+    data = replace(HEAD, classes=2, instances=of_head).to_json()
+    with pytest.raises(ValueError, match=r"^h: instances is .*, allowed is .*"):
+        Head.from_json(data, replace(ROW, classes=2, instances=of_row), 1 << 20, "h")
+
+
+def test_bound_of_a_block_counts_its_instances() -> None:
+    few, many = (max_block_bytes(16, instances=wanted) for wanted in (False, True))
+    assert many - few == 4 * (8 * 16) ** 2  # twice the two bytes of each px
+    for most, instances in ((few, None), (many, 5)):
+        row = replace(ROW, classes=2, instances=instances)
+        for length, allowed in ((most, True), (most + 1, False)):
+            blocks = (replace(HEAD.blocks[0], length=length), *HEAD.blocks[1:])
+            data = replace(HEAD, classes=2, instances=instances, blocks=blocks).to_json()
+            if allowed:
+                assert Head.from_json(data, row, 1 << 30, "h").blocks == blocks
+            else:
+                with pytest.raises(ValueError, match=r"^h: blocks\[0\]: length is"):
+                    Head.from_json(data, row, 1 << 30, "h")
+
+
 @pytest.mark.parametrize(("of_row", "of_head"), [(None, 3), (3, None), (3, 4), (1, True)])
 def test_head_of_another_class_is_refused(of_row: int | None, of_head: int | None) -> None:
     data = replace(HEAD, label=of_head).to_json()
@@ -147,6 +199,11 @@ def test_head_of_another_class_is_refused(of_row: int | None, of_head: int | Non
         ("label", 1.0),
         ("label", True),
         ("label", "3"),
+        ("instances", -1),
+        ("instances", 65536),
+        ("instances", 1.0),
+        ("instances", True),
+        ("instances", "3"),
     ],
 )
 def test_hostile_manifest_row_is_named(key: str, value: object) -> None:

@@ -89,7 +89,7 @@ def test_other_shards_unless_told(refused, axialtrain, small_shards, finished, t
     from axialtrain.data.shard import shard_images
 
     folder = tmp_path_factory.mktemp("others")
-    (image, label), *_ = draw_scenes(folder / "scenes", count=1, size=512, seed=7)
+    ((image, label, _),) = draw_scenes(folder / "scenes", count=1, size=512, seed=7)
     shard_images([image], folder / "shards", labels=[label], progress=False)
     said = refused(shards=folder / "shards")
     assert "data.shards is not what the saved run read" in said

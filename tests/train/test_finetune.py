@@ -45,9 +45,9 @@ def a_distilled_deit(**options):
 def folder(tmp_path_factory) -> Path:
     """Shards of three scenes of 896 px, each of another class, and of one of 512 px; weights."""
     folder = tmp_path_factory.mktemp("finetune")
-    scenes = [image for image, _ in draw_scenes(folder / "scenes", count=3, size=896, seed=0)]
+    scenes = [image for image, *_ in draw_scenes(folder / "scenes", count=3, size=896, seed=0)]
     shard_images(scenes, folder / "shards", image_labels=[2, 0, 1], progress=False)
-    ((small, _),) = draw_scenes(folder / "small", count=1, size=512, seed=1)
+    ((small, *_),) = draw_scenes(folder / "small", count=1, size=512, seed=1)
     shard_images([small], folder / "held-out", image_labels=[1], progress=False)
     torch.save(a_deit(num_classes=5).state_dict(), folder / "deit.pth")
     save_file(a_distilled_deit().state_dict(), folder / "distilled.safetensors")
