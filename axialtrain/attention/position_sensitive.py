@@ -26,25 +26,29 @@ from axialtrain.attention.positions import relative_bias, widened
 CHUNK = 2**22  # logits of a kind that exist at a time
 
 KINDS = 3  # q k, q r, k r
-Stats = tuple[Tensor, Tensor, Tensor]  # count, mean [3 N], sum of centred squares [3 N]
+Stats = tuple[Tensor, Tensor, Tensor]  # counts, means, sums of centred squares
 
 
 def logit_moments(
     q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None = None, *, chunk: int = CHUNK
-) -> list[Stats]:
-    """The moments of the three kinds of logits, of some lines and queries at a time.
+) -> Stats:
+    """The moments of the three kinds of logits, in P parts: some lines and queries at a time.
+
+    Returns how many there are [P], their means [P, 3 N] and the sums of the squares of what they
+    are above them [P, 3 N], channels ordered by kind, then head; in fp32 at least.
 
     q, k: [B, X, L, N, K], X lines of L tokens. table: [2 K + V, 2 S - 1]. mask: bool [B, X, L];
     a logit counts where its query and its key are valid.
-    Channels are ordered by kind, then head. In fp32 at least.
     """
     if q.numel() == 0:
         none = (q.sum() + k.sum() + table[:, :0].sum()).expand(KINDS * q.shape[3])
-        return [(none.new_zeros(()), none, none)]
-    return [
+        return none.new_zeros(1), none[None], none[None]
+    parts: list[Stats] = [
         checkpoint(_moments, q1, k1, table, mask1, start, use_reentrant=False)
         for q1, k1, _, mask1, start in _chunks(q, k, k, mask, table, chunk)
     ]
+    count, mean, squares = (torch.stack(one) for one in zip(*parts, strict=True))
+    return count, mean, squares
 
 
 def attend_with_positions(

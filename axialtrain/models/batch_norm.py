@@ -28,7 +28,7 @@ class Moments:
 
     @staticmethod
     def of(x: Tensor, valid: Tensor | None) -> Moments:
-        """x: [..., C], valid: bool [...], None where all count."""
+        """x: [..., C], finite; valid: bool [...], None where all count."""
         flat = x.reshape(-1, x.shape[-1])
         if valid is None:
             count = flat.new_tensor(flat.shape[0])
@@ -39,12 +39,20 @@ class Moments:
         mean = torch.where(here, flat, 0.0).sum(0) / count.clamp_min(1)
         return Moments(count, mean, torch.where(here, flat - mean, 0.0).square().sum(0))
 
+    def of_parts(self) -> Moments:
+        """Those of several parts, [P] and [P, C], together."""
+        return self._sum(lambda x: x.sum(0))
+
     def joined(self, total: Callable[[Tensor], Tensor]) -> Moments:
-        """With those that other ranks have. total: the sum over ranks."""
-        sums = total(torch.cat((self.count * self.mean, self.count[None])))
-        count, mean = sums[-1], sums[:-1] / sums[-1].clamp_min(1)
-        squares = total(self.squares + self.count * (self.mean - mean).square())
-        return Moments(count, mean, squares)
+        """With those that other ranks have. total: the sum over ranks, called twice."""
+        return self._sum(total)
+
+    def _sum(self, total: Callable[[Tensor], Tensor]) -> Moments:
+        count = self.count[..., None]
+        sums = total(torch.cat((count * self.mean, count), -1))
+        mean = sums[:-1] / sums[-1].clamp_min(1)
+        squares = total(self.squares + count * (self.mean - mean).square())
+        return Moments(sums[-1], mean, squares)
 
 
 class BatchNorm(nn.Module):
@@ -74,6 +82,8 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x: [..., C] -> the same, normalised; zeros where not valid. valid: bool [...]."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if valid is not None:
+            wide = torch.where(valid[..., None], wide, 0.0)  # NaN * 0 is NaN, in gradients too
         moments = Moments.of(wide, valid) if self.training else None
         mean, factor = self.normalisation(moments)
         out = (wide - mean) * factor + self.bias.to(wide)

@@ -46,20 +46,9 @@ class PositionSensitiveAttention(nn.Module):
         q, k, v = qkv.split((self.query, self.query, 2 * self.query), -1)
         moments = None
         if self.training:
-            chunks = logit_moments(q, k, self.relative, mask)
-            moments = _joined([Moments(*chunk) for chunk in chunks])
+            moments = Moments(*logit_moments(q, k, self.relative, mask)).of_parts()
         factors = self.bn_similarity(moments)
         both = torch.stack(attend_with_positions(q, k, v, self.relative, factors, mask), -1)
         if self.axis == 1:
             both = both.transpose(1, 2)
         return self.bn_output(both.flatten(3), valid).unflatten(-1, (-1, 2)).sum(-1)
-
-
-def _joined(parts: list[Moments]) -> Moments:
-    """The moments of all parts together."""
-    count = torch.stack([part.count for part in parts])
-    means = torch.stack([part.mean for part in parts])
-    mean = (count[:, None] * means).sum(0) / count.sum().clamp_min(1)
-    squares = torch.stack([part.squares for part in parts])
-    away = count[:, None] * (means - mean).square()
-    return Moments(count.sum(), mean, (squares + away).sum(0))

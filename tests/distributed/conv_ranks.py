@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from axialtrain.grid import Place, Rect
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
+from axialtrain.models.batch_norm import BatchNorm
 from axialtrain.models.conv import AvgPool, Conv, MaxPool, Upsample
 
 CHANNELS = 4
@@ -106,3 +107,59 @@ def _edges(rect: Rect) -> tuple[int, int, int, int]:
 
 def tile_of(edges: tuple[int, int, int, int]) -> tuple[slice, slice]:
     return slice(edges[0], edges[1]), slice(edges[2], edges[3])
+
+
+# --- Batch norm -----------------------------------------------------------------------------------
+
+IMAGES, GRID = 3, Place(5, 7)
+
+
+def _norm(x: Tensor, valid: Tensor, grad: Tensor, mesh: Mesh | None) -> dict[str, Tensor]:
+    torch.manual_seed(4)
+    norm = BatchNorm(CHANNELS).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    if mesh is not None:
+        parallelize(norm, mesh)
+    x = x.clone().requires_grad_()
+    out = norm(x, valid)
+    (out * grad).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    return {
+        "out": out.detach(),
+        "input": x.grad,
+        "weight": norm.weight.grad,
+        "bias": norm.bias.grad,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+    }
+
+
+def _norm_inputs(data: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of as many images as the data ranks hold together; those past the last are fillers."""
+    count = -(-IMAGES // data) * data
+    generator = torch.Generator().manual_seed(5)
+    size = (count, GRID.height, GRID.width)
+    x, grad = (
+        torch.randn(*size, CHANNELS, generator=generator, dtype=torch.float64) * 2 + 1
+        for _ in range(2)
+    )
+    valid = torch.rand(size, generator=generator) < 0.7
+    valid[IMAGES:] = False
+    return x, valid, grad
+
+
+def whole_norm(data: int) -> dict[str, Tensor]:
+    return _norm(*_norm_inputs(data), None)
+
+
+def sharded_norm(mesh: tuple[int, int, int]) -> dict[str, Any]:
+    axes = Mesh(*mesh)
+    inputs = _norm_inputs(axes.data.size)
+    images = len(inputs[0]) // axes.data.size
+    first = axes.data.rank * images
+    tile = axes.place(GRID.height, GRID.width).rect.slices(GRID.grid)
+    where = (slice(first, first + images), *tile)
+    return _norm(*(one[where] for one in inputs), axes) | {"where": where}

@@ -1,0 +1,142 @@
+"""Position-sensitive attention against eq. 4 of its paper, written out one query at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from formulas import assert_agree, some, tokens
+from peak import Peak
+from torch import Tensor
+
+from axialtrain.attention.position_sensitive import attend_with_positions, logit_moments
+
+SHAPE = (2, 3, 5, 2)  # B, X, L, N
+K = 3
+V = 2 * K
+HEADS = SHAPE[3]
+
+
+def inputs(span: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, table, factors."""
+    q, k = tokens(*SHAPE, K), tokens(*SHAPE, K, seed=1)
+    factors = tokens(3 * HEADS, seed=4)
+    return q, k, tokens(*SHAPE, V, seed=2), tokens(2 * K + V, 2 * span - 1, seed=3), factors
+
+
+def entry(table: Tensor, distance: int) -> Tensor:
+    """r at a distance, which stands S - 1 behind the first; farther ones take the outermost."""
+    reach = table.shape[1] // 2
+    return table[:, min(max(distance, -reach), reach) + reach]
+
+
+def logits_of(
+    q: Tensor, k: Tensor, table: Tensor, b: int, x: int, n: int, o: int, p: int
+) -> Tensor:
+    """The three logits of query o and key p: q k, q r^q, k r^k.
+
+    r^q stands at (o - p), r^k at (p - o).
+    """
+    query, key = q[b, x, o, n], k[b, x, p, n]
+    return torch.stack(
+        (
+            query @ key,
+            query @ entry(table[:K], o - p),
+            key @ entry(table[K : 2 * K], p - o),
+        )
+    )
+
+
+def eq4(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, factors: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    contents, positions = torch.zeros_like(v), torch.zeros_like(v)
+    images, lines, length, heads = SHAPE
+    for b, x, o, n in itertools.product(*map(range, (images, lines, length, heads))):
+        keys = [p for p in range(length) if mask is None or mask[b, x, p]]
+        if not keys:
+            continue
+        scale = factors.view(3, heads)[:, n]
+        logits = torch.stack([logits_of(q, k, table, b, x, n, o, p) @ scale for p in keys])
+        weights = logits.exp() / logits.exp().sum()
+        of_values = torch.stack([entry(table[2 * K :], o - p) for p in keys])
+        contents[b, x, o, n] = weights @ torch.stack([v[b, x, p, n] for p in keys])
+        positions[b, x, o, n] = weights @ of_values
+    return contents, positions
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("span", [5, 8, 2], ids=["of the line", "longer", "clipped"])
+@pytest.mark.parametrize("chunk", [2**22, 2 * 2 * 25 + 12 * 25, 60, 1])
+def test_it_is_equation_4_in_chunks_of_lines_and_of_queries(chunk, span, masked):
+    q, k, v, table, factors = inputs(span)
+    mask = some(*SHAPE[:3]) if masked else None
+    if mask is not None:
+        mask[1, 2] = False  # a line without a key
+    got = attend_with_positions(q, k, v, table, factors, mask, chunk=chunk)
+    want = eq4(q, k, v, table, factors, mask)
+    assert_agree(torch.stack(got), torch.stack(want), q, k, v, table, factors)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("chunk", [2**22, 2 * 2 * 25 + 12 * 25, 60, 1])
+def test_moments_are_those_of_all_logits_of_valid_pairs(chunk, masked):
+    q, k, _, table, _ = inputs(3)
+    images, lines, length, heads = SHAPE
+    mask = some(*SHAPE[:3]) if masked else None
+    count, mean, squares = logit_moments(q, k, table, mask, chunk=chunk)
+    all_mean = (count[:, None] * mean).sum(0) / count.sum()
+    all_squares = (squares + count[:, None] * (mean - all_mean).square()).sum(0)
+    found = []
+    for n in range(heads):
+        found.append(
+            torch.stack(
+                [
+                    logits_of(q, k, table, b, x, n, o, p)
+                    for b, x, o, p in itertools.product(
+                        *map(range, (images, lines, length, length))
+                    )
+                    if mask is None or (mask[b, x, o] and mask[b, x, p])
+                ]
+            )
+        )
+    every = torch.stack(found, 1)  # [pairs, N, 3]
+    torch.testing.assert_close(count.sum(), torch.tensor(len(every), dtype=torch.float64))
+    want_mean = every.mean(0).T.flatten()
+    want = (every.var(0, correction=0) * len(every)).T.flatten()
+    assert_agree(torch.cat((all_mean, all_squares)), torch.cat((want_mean, want)), q, k, table)
+
+
+def test_no_tokens_or_no_lines_stay_in_the_graph():
+    for shape in ((2, 0, 5, 2), (2, 3, 0, 2)):
+        q, k, v = (tokens(*shape, width) for width in (K, K, V))
+        table, factors = tokens(2 * K + V, 5), tokens(6)
+        count, mean, squares = logit_moments(q, k, table)
+        assert (count.sum(), mean.abs().sum(), squares.abs().sum()) == (0, 0, 0)
+        contents, positions = attend_with_positions(q, k, v, table, factors)
+        assert contents.shape == positions.shape == v.shape
+        total = mean.sum() + squares.sum() + contents.sum() + positions.sum()
+        for gradient in torch.autograd.grad(total, (q, k, v, table, factors)):
+            assert not gradient.any()
+
+
+def test_no_more_logits_than_a_chunk_exist_at_a_time():
+    """64 lines of 64 tokens in chunks of 8: the peak stays under what all logits would take."""
+    q, k = (torch.randn(1, 64, 64, 4, 4, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, 64, 64, 4, 8, requires_grad=True)
+    table, factors = torch.randn(16, 127, requires_grad=True), torch.ones(12, requires_grad=True)
+    line = 4 * 64 * 64  # logits of one kind
+    chunk = 8 * line + 16 * 64 * 64
+    with Peak() as peak:
+        moments = logit_moments(q, k, table, chunk=chunk)
+        out = attend_with_positions(q, k, v, table, factors, chunk=chunk)
+        (sum(x.sum() for x in moments) + sum(x.square().sum() for x in out)).backward()
+    of_all = 64 * line * 4
+    assert peak.largest <= 8 * line * 4
+    assert peak.bytes < 3 * of_all, "all three kinds of logits at once"
+    with Peak() as whole:
+        moments = logit_moments(q, k, table, chunk=2**40)
+        (sum(x.sum() for x in moments)).backward()
+    assert whole.largest == of_all, "the check sees logits where there are all"
+    assert peak.bytes < whole.bytes / 2
