@@ -105,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
 
+    models = commands.add_parser(
+        "models", help="the models by name: parameters, and multiply-adds of an image"
+    )
+    models.add_argument("pattern", nargs="?", default="*", help="of names, like 'axial_resnet*'")
+    models.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="a page whose table to replace, not print"
+    )
+    models.set_defaults(command=_models)
+
     bench = commands.add_parser("bench", help="measure, and write what was measured")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     saving = benches.add_parser(
@@ -191,6 +200,18 @@ def _export(parsed: argparse.Namespace) -> int:
     from axialtrain.train.export import export
 
     print(export(parsed.checkpoint, parsed.out, names=parsed.names, best=parsed.best))
+    return 0
+
+
+def _models(parsed: argparse.Namespace) -> int:
+    from axialtrain.bench.zoo import markdown, write
+
+    table = markdown(parsed.pattern)
+    if parsed.out is None:
+        print(table)
+    else:
+        write(parsed.out, table)
+        print(f"written: {parsed.out}")
     return 0
 
 

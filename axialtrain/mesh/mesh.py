@@ -82,6 +82,15 @@ class MeshConfig:
                 )
 
 
+def check_divides(what: str, value: int, tensor: int) -> None:
+    """Raise ValueError where `value` of `what` cannot be dealt out over `tensor` ranks."""
+    if value % tensor:
+        allowed = [n for n in range(1, value + 1) if value % n == 0]
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide {what}={value}: allowed are {allowed}"
+        )
+
+
 @dataclass
 class Group:
     """The ranks among which a collective runs, and the bytes this rank has sent to the others.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from axialtrain.mesh.exchange import Exchange
-from axialtrain.mesh.mesh import Group, Mesh
+from axialtrain.mesh.mesh import Group, Mesh, check_divides
 from axialtrain.mesh.per_head import PerHead
 
 # timm's names, which all our backbones share: (module, projections in, projection out). Where the
@@ -88,15 +88,6 @@ def tensor_dims(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, RowParallelLinear):
             dims[f"{name}.weight"] = 1
     return dims
-
-
-def check_divides(what: str, value: int, tensor: int) -> None:
-    """Raise ValueError where `value` of `what` cannot be dealt out over `tensor` ranks."""
-    if value % tensor:
-        allowed = [n for n in range(1, value + 1) if value % n == 0]
-        raise ValueError(
-            f"mesh.tensor={tensor} does not divide {what}={value}: allowed are {allowed}"
-        )
 
 
 def _check(model: nn.Module, tensor: int) -> None:

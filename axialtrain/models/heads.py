@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from axialtrain.attention.merge import attend_everywhere
 from axialtrain.grid import Place
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.models.axial_resnet import AxialResNet
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Mlp, Norm
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
 POOLS = ("mean", "prefix", "attention")
 
@@ -23,7 +24,7 @@ class Segmenter(nn.Module):
     cell hold for all of its pixels.
     """
 
-    def __init__(self, backbone: AxialTransformer, classes: int, cells: int) -> None:
+    def __init__(self, backbone: AxialTransformer | AxialResNet, classes: int, cells: int) -> None:
         super().__init__()
         patch = backbone.config.patch
         if cells < 1 or patch % cells:
@@ -48,10 +49,17 @@ class MaskedReconstructor(nn.Module):
     """Backbone that sees a learned token in place of hidden patches and predicts their pixels.
 
     SimMIM (arXiv 2111.09886): hidden tokens go through the encoder, a linear head predicts pixels.
+
+    Raises ValueError for a backbone that has no tokens in front of its first layer.
     """
 
-    def __init__(self, backbone: AxialTransformer) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        if not isinstance(backbone, AxialTransformer):
+            raise ValueError(
+                "task=reconstruction hides tokens in front of the first layer, where model "
+                f"{type(backbone).__name__} has none: allowed are axial transformers"
+            )
         config = backbone.config
         self.backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
@@ -79,12 +87,13 @@ class Classifier(nn.Module):
     distilled: read a second prediction off the second prefix token, as DeiT's distillation token
     (arXiv 2012.12877); pool is "prefix" then.
 
-    Raises ValueError for another pool, or prefix tokens that the backbone does not have.
+    Raises ValueError for another pool, prefix tokens that the backbone does not have, or a pool
+    other than "mean" of an Axial-ResNet.
     """
 
     def __init__(
         self,
-        backbone: AxialTransformer,
+        backbone: AxialTransformer | AxialResNet,
         classes: int,
         pool: str = "mean",
         *,
@@ -94,6 +103,11 @@ class Classifier(nn.Module):
         config = backbone.config
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r}: allowed are {list(POOLS)}")
+        if isinstance(backbone, AxialResNet) and pool != "mean":
+            raise ValueError(
+                f"pool={pool!r}: an Axial-ResNet has no prefix tokens, and no MLP width for a "
+                "learned query: allowed is 'mean'"
+            )
         if distilled and pool != "prefix":
             raise ValueError(f"pool={pool!r}: allowed beside a distillation token is 'prefix'")
         needed = (1 + distilled) if pool == "prefix" else 0
@@ -106,6 +120,7 @@ class Classifier(nn.Module):
         self.pool = pool
         self.attn_pool: AttentionPool | None = None
         if pool == "attention":
+            assert isinstance(config, AxialTransformerConfig), "others have been refused"
             self.attn_pool = AttentionPool(config.dim, config.heads, config.mlp_width)
         self.head = nn.Linear(config.dim, classes)
         self.head_dist: nn.Linear | None = nn.Linear(config.dim, classes) if distilled else None

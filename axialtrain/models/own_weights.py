@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from axialtrain.models.conv_config import AxialDeepLabConfig, AxialResNetConfig
+from axialtrain.models.registry import KINDS, TRANSFORMER, ModelConfig, kind_of
 from axialtrain.models.resized import TABLES, resized
 from axialtrain.models.timm_weights import PREFIX, pack_heads, unpack_heads
 from axialtrain.models.transformer import AxialTransformerConfig
 
 BACKBONE = "backbone."  # before the backbone's names, in the model of every task
+DECODERS = ("semantic.", "instance.")  # of an Axial-DeepLab: their sizes are the model's keys
 # What a description of a stranger may claim; nothing near it is allocated or walked through.
 LARGEST, DEEPEST, LONGEST = 2**20, 2**12, 256  # number, layers, characters of a string
 
@@ -31,31 +34,42 @@ _TIMMS = re.compile(  # names that timm's VisionTransformer has a place for
 )
 
 
-def described(values: object, where: str) -> AxialTransformerConfig:
+def described(values: object, where: str) -> ModelConfig:
     """The config of a model, from the JSON that came with its weights.
 
+    Its key "name" says of which kind it is; axial transformers have none.
     Raises ValueError, naming `where`, for what describes no model, and for unknown keys: they may
     change what the weights mean.
     """
     if not isinstance(values, Mapping) or not _bounded(values):
         raise ValueError(f"{where}: does not describe its model: allowed is a model's config")
-    known = [one.name for one in fields(AxialTransformerConfig)]
+    name = values.get("name", TRANSFORMER)
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"{where}: has model.name={name!r}: allowed are {list(KINDS)}")
+    known = [one.name for one in fields(KINDS[name])]
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: describes its model by {key!r}: allowed are {known}")
     depth = values.get("depth")
     if isinstance(depth, int) and depth > DEEPEST:
         raise ValueError(f"{where}: has model.depth={depth}: allowed is up to {DEEPEST}")
+    if "trunk" in values:
+        trunk = described(values["trunk"], f"{where}: trunk")
+        if not isinstance(trunk, AxialResNetConfig):
+            raise ValueError(
+                f"{where}: has a trunk of {kind_of(trunk)}: allowed is one of axial_resnet"
+            )
+        values = {**values, "trunk": trunk}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do nothing, in another's config
-            return AxialTransformerConfig(**values)
+            return KINDS[name](**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: does not describe its model: {error}") from error
 
 
 def to_timm(
-    state: Mapping[str, Tensor], config: AxialTransformerConfig, where: str
+    state: Mapping[str, Tensor], config: ModelConfig, where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a task's model under the names, and in the packing, of timm's VisionTransformer;
     and the names of those that timm has no place for, which keep theirs (without `backbone.`) and
@@ -66,6 +80,11 @@ def to_timm(
     is a head for it) and reg_token, in this order. Heads keep their names.
     Raises ValueError, naming `where`, where no layer is a ViT's, or the config is another model's.
     """
+    if not isinstance(config, AxialTransformerConfig):
+        raise ValueError(
+            f"{where}: --names timm: no model of timm's is an {kind_of(config)}: allowed is "
+            "--names axialtrain"
+        )
     separate = [n for n in range(config.depth) if _separate(config, n)]
     if len(separate) == config.depth:
         raise ValueError(
@@ -102,13 +121,24 @@ def to_timm(
     return timm, [name for name in timm if not _TIMMS.fullmatch(name)]
 
 
+def of_timm(config: ModelConfig, where: str) -> AxialTransformerConfig:
+    """The config, of a model that can have weights of timm's. Raises ValueError for another."""
+    if not isinstance(config, AxialTransformerConfig):
+        raise ValueError(
+            f"{where}: has the names of timm's ViTs, and the model is an {kind_of(config)}: "
+            "allowed are weights with our names"
+        )
+    return config
+
+
 def from_timm_names(
-    state: Mapping[str, Tensor], config: AxialTransformerConfig, where: str
+    state: Mapping[str, Tensor], config: ModelConfig, where: str
 ) -> dict[str, Tensor]:
     """The way back from `to_timm`; config: of the model that the weights are of.
 
     Raises ValueError, naming `where`, where they are not of such a model.
     """
+    config = of_timm(config, where)
     dim, count = config.dim, config.prefix_tokens
     ours = {}
     for name, value in state.items():
@@ -139,25 +169,32 @@ def fitted(
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
-    own: AxialTransformerConfig,
-    config: AxialTransformerConfig,
+    own: ModelConfig,
+    config: ModelConfig,
     same_task: bool,
     where: str,
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Which weights of ours a model takes, what of it starts anew, and which it has no place for.
 
-    own: what the weights are of. config: of the model. Learned positions of another grid or span
-    are resampled, see `resized`; everything else of the backbone must be there and fit. Relative
+    own: what the weights are of. config: of the model, of the same kind. Learned positions of
+    another grid or span are resampled, and the tables of an Axial-ResNet cut or extended, see
+    `resized`; everything else of the backbone must be there and fit. Relative
     tables start anew where the weights have none. What the task adds starts anew where it has
-    another shape, or, without `same_task`, altogether.
+    another shape, or, without `same_task`, altogether, but for the decoders of an Axial-DeepLab.
 
     Raises ValueError, naming `where`, and the first tensor or key that differs, both ways.
     """
+    if type(own) is not type(config):
+        raise ValueError(
+            f"{where}: is of an {kind_of(own)}, and the model is an {kind_of(config)}: allowed are "
+            "weights of the same kind"
+        )
     taken, fresh = {}, []
     for name, value in model.state_dict().items():
         given = state.get(name)
         if not name.startswith(BACKBONE):
-            if given is not None and same_task and given.shape == value.shape:
+            same = same_task or name.startswith(DECODERS)
+            if given is not None and same and given.shape == value.shape:
                 taken[name] = _plain(name, given, value, where)
             else:
                 fresh.append(name)
@@ -183,12 +220,27 @@ def fitted(
     return taken, fresh, unused
 
 
-def _check_meaning(own: AxialTransformerConfig, config: AxialTransformerConfig, where: str) -> None:
-    """What shapes do not show: how many heads share a width, whose projections are whose."""
-    for key in ("heads", "patch", "bands"):
+def _check_meaning(own: ModelConfig, config: ModelConfig, where: str) -> None:
+    """What shapes do not show: how many heads share a width, whose projections are whose, how far
+    apart the cells are that a convolution sees."""
+    if isinstance(own, AxialDeepLabConfig) and isinstance(config, AxialDeepLabConfig):
+        _check_same(own, config, ("aspp",), "", where)
+        _check_same(own.trunk, config.trunk, ("heads", "bands"), "trunk.", where)
+    elif isinstance(own, AxialResNetConfig):
+        _check_same(own, config, ("heads", "output_stride", "bands"), "", where)
+    elif isinstance(own, AxialTransformerConfig) and isinstance(config, AxialTransformerConfig):
+        _check_same(own, config, ("heads", "patch", "bands"), "", where)
+        _check_passes(own, config, where)
+
+
+def _check_same(own: object, config: object, keys: Sequence[str], group: str, where: str) -> None:
+    for key in keys:
         found, wanted = getattr(own, key), getattr(config, key)
         if found != wanted:
-            raise ValueError(f"{where}: has {key}={found}, and model.{key}={wanted}")
+            raise ValueError(f"{where}: has {group}{key}={found}, and model.{group}{key}={wanted}")
+
+
+def _check_passes(own: AxialTransformerConfig, config: AxialTransformerConfig, where: str) -> None:
     for layer in range(config.depth):
         passes = [
             "+".join(one.value for one in each.axial_config.passes(layer)) for each in (own, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from axialtrain.attention.position_sensitive import attend_with_positions, logit_moments
+from axialtrain.attention.position_sensitive import CHUNK, attend_with_positions, logit_moments
 from axialtrain.models.batch_norm import BatchNorm, LogitNorm, Moments
 
 
@@ -26,6 +26,7 @@ class PositionSensitiveAttention(nn.Module):
         assert dim % (2 * heads) == 0, "the config has been checked"
         self.dim, self.heads, self.span, self.axis = dim, heads, span, axis
         self.query = dim // (2 * heads)  # K, channels of a query
+        self.chunk = CHUNK  # logits that exist at a time
         self.qkv = nn.Linear(dim, 2 * dim, bias=False)
         self.bn_qkv = BatchNorm(2 * dim)
         self.bn_similarity = LogitNorm(3 * heads)
@@ -46,9 +47,12 @@ class PositionSensitiveAttention(nn.Module):
         q, k, v = qkv.split((self.query, self.query, 2 * self.query), -1)
         moments = None
         if self.training:
-            moments = Moments(*logit_moments(q, k, self.relative, mask)).of_parts()
+            moments = Moments(
+                *logit_moments(q, k, self.relative, mask, chunk=self.chunk)
+            ).of_parts()
         factors = self.bn_similarity(moments)
-        both = torch.stack(attend_with_positions(q, k, v, self.relative, factors, mask), -1)
+        attended = attend_with_positions(q, k, v, self.relative, factors, mask, chunk=self.chunk)
+        both = torch.stack(attended, -1)
         if self.axis == 1:
             both = both.transpose(1, 2)
         return self.bn_output(both.flatten(3), valid).unflatten(-1, (-1, 2)).sum(-1)

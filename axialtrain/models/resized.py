@@ -25,6 +25,8 @@ def resized(name: str, table: Tensor, shape: Sequence[int]) -> Tensor:
     - relative tables [N, 2 S - 1]: linear in the distance, d of the new span S' taking what d S/S'
       had, so that the same fraction of an image has the same bias; no distance stays none, and
       what lies beyond the last entry takes it.
+    - `relative` [C, 2 S - 1] of an Axial-ResNet: cut, or extended by its outermost entries, on both
+      sides alike, so that each distance in cells, of which none is in the middle, keeps its own.
     """
     if tuple(table.shape) == tuple(shape) or table.ndim != len(shape) or 0 in table.shape:
         return table
@@ -42,4 +44,7 @@ def resized(name: str, table: Tensor, shape: Sequence[int]) -> Tensor:
         low = at.floor().long()
         high = (low + 1).clamp_max(2 * old - 2)
         return torch.lerp(table[:, low], table[:, high], (at - low).to(table.dtype))
+    if name.endswith(".relative") and table.shape[0] == shape[0] and table.shape[1] % 2:
+        more = (shape[1] - table.shape[1]) // 2
+        return table[:, (torch.arange(shape[1]) - more).clamp(0, table.shape[1] - 1)]
     return table

@@ -19,6 +19,7 @@ from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.mesh.mesh import MeshConfig, check_divides
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
 
@@ -97,6 +98,13 @@ class AxialTransformerConfig:
     def passes(self) -> frozenset[Pass]:
         """Every pass that some layer has."""
         return self.axial_config.used(self.depth)
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raise ValueError where the model cannot be spread over `mesh`."""
+        check_divides("model.heads", self.heads, mesh.tensor)
+        check_divides("the MLP width of model", self.mlp_width, mesh.tensor)
+        passes = self.passes
+        mesh.check_heads(self.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
 
     def check_grid(self, height: int, width: int) -> None:
         """Raise ValueError where an image of height x width tokens cannot be attended to."""

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from axialtrain.attention.config import Pass
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.store import BANDS
-from axialtrain.mesh.parallelize import check_divides
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.registry import build_backbone
 from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
 from axialtrain.tasks.segmentation import Segmentation, SegmentationConfig
@@ -80,13 +78,10 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         _check_checkpoints(config)
     if config.model.bands != BANDS:
         raise ValueError(f"model.bands={config.model.bands}: the shards hold {BANDS} bands")
-    check_divides("model.heads", config.model.heads, config.mesh.tensor)
-    check_divides("the MLP width of model", config.model.mlp_width, config.mesh.tensor)
-    passes = config.model.passes
-    config.mesh.check_heads(config.model.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
+    config.model.check_mesh(config.mesh)
     task = task_of(config)
     with torch.device("meta"):
-        model = task.build(AxialTransformer(config.model))
+        model = task.build(build_backbone(config.model))
     saved, _ = found(config, folder, verify=False)
     if saved is None:
         start_of(model, config, verify=False)

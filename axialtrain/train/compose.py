@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import axialtrain
 from axialtrain.mesh.mesh import MeshConfig
-from axialtrain.models.registry import list_models, model_config
+from axialtrain.models.registry import KINDS, list_models, model_config
 from axialtrain.tasks.classification import ClassificationConfig
 from axialtrain.tasks.reconstruction import ReconstructionConfig
 from axialtrain.tasks.segmentation import SegmentationConfig
@@ -33,12 +33,16 @@ def compose_run(
     Raises ValueError that names the key, the value and what is allowed.
     """
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
+    run = OmegaConf.structured(RunConfig)
+    run.model = None  # the group says which kind it is, and thereby which keys there are
+    store.store(name="run_schema", node=run)
     store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
     store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
     store.store(group="task", name="classification_schema", node=ClassificationConfig)
+    for kind, schema in KINDS.items():
+        store.store(group="model", name=f"{kind}_schema", node=schema)
     for name in list_models():  # model=NAME, beside the files of configs/model
-        store.store(group="model", name=name, node=asdict(model_config(name)))
+        store.store(group="model", name=name, node=model_config(name))
     # Hydra takes a bare number for an integer, and a group's option must be a string.
     overrides = [re.sub(r"^zero=(\d+)$", r"zero='\1'", override) for override in overrides]
     named = {path.stem for path in (config_folder() / "mesh").glob("*.yaml")}
@@ -54,12 +58,12 @@ def compose_run(
     filling = "mesh.data=auto" in overrides
     overrides = [override for override in overrides if override != "mesh.data=auto"]
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
             composed = compose("train", overrides, return_hydra_config=True)
             folder = Path(composed.hydra.run.dir).absolute()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_plain(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(_unknown(error, overrides) or _plain(error)) from error
     OmegaConf.set_struct(composed, False)
     composed.pop("hydra")
     if filling:
@@ -111,6 +115,7 @@ def _refuse_unknown(given: Any, config: Any, prefix: str) -> None:
     """Hydra's `+key=value` adds keys that no dataclass has: nothing would read them."""
     if not is_dataclass(config):
         return
+    assert isinstance(given, dict), "what became a dataclass was a group of keys"
     allowed = [field.name for field in fields(config)]
     for key, value in given.items():
         if key not in allowed:
@@ -125,16 +130,26 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def _unknown(error: Exception, overrides: Sequence[str]) -> str | None:
+    """What to say of a key that is not there beside those that the chosen groups have."""
+    unknown = re.search(r"Could not override '([\w.]+)'", str(error))
+    if unknown is None:
+        return None
+    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    node: Any = compose("train", [one for one in overrides if one.partition("=")[0] in groups])
+    path = ""
+    for key in unknown[1].split("."):
+        path = f"{path}.{key}".removeprefix(".")
+        if not isinstance(node, DictConfig) or key not in node:
+            break
+        node = node[key]
+    allowed = f": allowed are {sorted(map(str, node))}" if isinstance(node, DictConfig) else ""
+    return f"unknown key {path}{allowed}"
+
+
 def _plain(error: Exception) -> str:
     """Hydra's message without the lines that speak of its own classes and search path."""
     text = str(error)
-    if unknown := re.search(r"Could not override '([\w.]+)'", text):
-        key = unknown[1]
-        parent = key.rpartition(".")[0]
-        known = OmegaConf.structured(RunConfig)
-        node = OmegaConf.select(known, parent) if parent else known
-        allowed = f": allowed are {sorted(map(str, node))}" if isinstance(node, DictConfig) else ""
-        return f"unknown key {key}{allowed}"
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__.msg}"  # why a value was not taken
     text = re.sub(r"\s*\w+_schema\n", "\n", text)  # the dataclasses behind the options

@@ -11,6 +11,7 @@ from typing import Any
 
 from axialtrain.data.config import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
+from axialtrain.models.registry import KINDS, ModelConfig
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.schedule import ScheduleConfig
 from axialtrain.train.track import LoggerConfig
@@ -197,6 +198,7 @@ class LauncherConfig:
 class RunConfig:
     """One run: what `configs/` composes to. An unknown key is an error.
 
+    model: a config of `axialtrain.models`, of one of its kinds, chosen by the group `model`.
     task: a config of `axialtrain.tasks`, chosen by the group `task`.
     init: what the model starts from: timm:NAME, pretrained from timm's hub; a file of weights, of a
         timm ViT or DeiT or from `axialtrain export`; a run (its last checkpoint) or a checkpoint,
@@ -210,7 +212,7 @@ class RunConfig:
     seed: int = 0
     init: str | None = None
     resume: str | None = None
-    model: AxialTransformerConfig = field(default_factory=AxialTransformerConfig)
+    model: Any = field(default_factory=AxialTransformerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     task: Any = None
@@ -223,6 +225,12 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise ValueError(
+                f"model={self.model!r}: allowed is model=NAME of those that `axialtrain models` "
+                f"lists, or of a file that says in its defaults which kind it is: "
+                f"{', '.join(f'{kind}_schema' for kind in KINDS)}"
+            )
         if self.init == "":
             raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")
         if self.resume == "":

@@ -11,6 +11,7 @@ from axialtrain.data.loader import Loader
 from axialtrain.data.order import OrderState
 from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Group
+from axialtrain.models.registry import TRANSFORMER, kind_of
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.checkpoint import (
     FOLDER,
@@ -114,6 +115,12 @@ def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
     mine = {**state_of(config), "data": pixels_of(config)}
     theirs = {key: state.get(key) for key in mine}
     theirs["data"] = _part_of(state.get("data"), mine["data"])
+    if isinstance(theirs["model"], Mapping):
+        kind, saved_kind = kind_of(config.model), theirs["model"].get("name", TRANSFORMER)
+        if kind != saved_kind:
+            raise ValueError(
+                f"model: is an {kind}, {where} was saved with an {saved_kind}, allowed is the same"
+            )
     for name, (here, there) in _differences("", mine, theirs).items():
         raise ValueError(f"{name}={here}: {where} was saved with {there}, allowed is the same")
     Progress.of_state(state, where)

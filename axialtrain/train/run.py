@@ -17,7 +17,7 @@ import torch.distributed as dist
 from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.registry import build_backbone
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of
 from axialtrain.train.checkpoint import Saved
@@ -131,7 +131,7 @@ def _run(
         check_fits(saved, config, loader)
     task = task_of(config)
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
-    model = task.build(AxialTransformer(config.model))
+    model = task.build(build_backbone(config.model))
     if saved is None:
         # A run that goes on may have a newer checkpoint for the next rank that looks.
         config = replace(config, init=told(lambda: pinned(config), mesh.world))

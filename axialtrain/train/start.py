@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from axialtrain.models.own_weights import described, fitted, from_timm_names
+from axialtrain.models.own_weights import described, fitted, from_timm_names, of_timm
 from axialtrain.models.timm_weights import from_timm, matching, read_timm
 from axialtrain.train import checkpoint
 from axialtrain.train.config import RunConfig
@@ -55,6 +55,8 @@ def start_of(
                 "timm:NAME"
             )
         said = _metadata(config.init)
+        if said is None:
+            of_timm(config.model, where)  # before anything is fetched
         state = read_timm(config.init, where)
         if said is None:
             return matching(model, from_timm(state, config.model, where), where)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
 from axialtrain.data.config import DataConfig
-from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
+from axialtrain.models.registry import build_backbone
+from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.tasks.segmentation import SegmentationConfig
 from axialtrain.train.check import task_of
 from axialtrain.train.checkpoint import (
@@ -42,7 +43,7 @@ def a_run(init=None, task=None, axial_config=None, **model) -> RunConfig:
 
 def a_model(config: RunConfig, seed: int = 0) -> nn.Module:
     """The task's, drawn."""
-    return drawn(task_of(config).build(AxialTransformer(config.model)), seed)
+    return drawn(task_of(config).build(build_backbone(config.model)), seed)
 
 
 def drawn(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,10 +1,12 @@
 """From a command line of overrides to a checked config."""
 
+from dataclasses import asdict
+
 import pytest
 import yaml
 
 from axialtrain.mesh.mesh import MeshConfig
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.registry import build_backbone
 from axialtrain.train.check import task_of
 from axialtrain.train.compose import compose_run, config_folder
 
@@ -23,8 +25,8 @@ def test_every_experiment_composes_and_builds(name):
     assert config.name == name
     assert folder.parent.name == name
     assert config.data.shards == "somewhere"
-    task_of(config).build(AxialTransformer(config.model))
-    assert yaml.safe_load(text)["model"]["dim"] == config.model.dim
+    task_of(config).build(build_backbone(config.model))
+    assert yaml.safe_load(text)["model"] == asdict(config.model)
 
 
 def test_there_are_experiments():
