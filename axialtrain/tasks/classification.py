@@ -85,6 +85,7 @@ class Classification:
         self.metrics: tuple[str, ...] = ("accuracy", "top5")  # of `summary`, the higher the better
         self.classes: int | None = None  # it needs no label rasters
         self.image_classes: int | None = config.classes
+        self.instances = False
         self._teacher: nn.Module | None = None
 
     def build(self, backbone: AxialTransformer) -> nn.Module:

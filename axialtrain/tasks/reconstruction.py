@@ -58,6 +58,7 @@ class Reconstruction:
         self.metrics: tuple[str, ...] = ()  # of `summary`, the higher the better
         self.classes: int | None = None  # it needs no labels
         self.image_classes: int | None = None
+        self.instances = False
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return MaskedReconstructor(backbone)

@@ -15,6 +15,7 @@ from axialtrain.data.loader import Batch
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import Segmenter
 from axialtrain.models.transformer import AxialTransformer
+from axialtrain.tasks.metrics import mean_iou
 from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
@@ -52,6 +53,7 @@ class Segmentation:
         self.metrics: tuple[str, ...] = ("miou", "accuracy")  # of `summary`, the higher the better
         self.classes: int | None = config.classes  # labels it needs, below this
         self.image_classes: int | None = None  # of whole images it needs none
+        self.instances = False
 
     def build(self, backbone: AxialTransformer) -> nn.Module:
         return Segmenter(backbone, self.config.classes, self.config.cells)
@@ -84,12 +86,9 @@ class Segmentation:
     def summary(self, scores: dict[str, Tensor]) -> dict[str, float]:
         """mIoU over the classes that occur in truth or prediction, and pixel accuracy."""
         confusion = scores["confusion"]
-        hit = confusion.diagonal()
-        union = confusion.sum(0) + confusion.sum(1) - hit
-        seen = union > 0
         return {
-            "miou": float((hit[seen] / union[seen]).mean()) if seen.any() else 0.0,
-            "accuracy": float(hit.sum() / confusion.sum().clamp_min(1)),
+            "miou": mean_iou(confusion),
+            "accuracy": float(confusion.trace() / confusion.sum().clamp_min(1)),
         }
 
     def panels(self, logits: Tensor, batch: Batch, *, mean: PerBand, std: PerBand) -> list[Panel]:

@@ -12,6 +12,7 @@ from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.store import BANDS
 from axialtrain.models.registry import build_backbone
 from axialtrain.tasks.classification import Classification, ClassificationConfig
+from axialtrain.tasks.panoptic import Panoptic, PanopticConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
 from axialtrain.tasks.segmentation import Segmentation, SegmentationConfig
 from axialtrain.train.checkpoint import FOLDER, all_steps_in
@@ -22,7 +23,7 @@ from axialtrain.train.storage import Folder
 from axialtrain.train.track import METRICS
 
 
-def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification:
+def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification | Panoptic:
     """The task that the group `task` chose."""
     if isinstance(config.task, SegmentationConfig):
         return Segmentation(config.task)
@@ -30,9 +31,11 @@ def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification
         return Reconstruction(config.task, config.seed)
     if isinstance(config.task, ClassificationConfig):
         return Classification(config.task)
+    if isinstance(config.task, PanopticConfig):
+        return Panoptic(config.task)
     raise ValueError(
         f"task={config.task!r}: allowed are task=segmentation, task=reconstruction, "
-        "task=classification"
+        "task=classification, task=panoptic"
     )
 
 

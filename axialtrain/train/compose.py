@@ -19,6 +19,7 @@ import axialtrain
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.registry import KINDS, list_models, model_config
 from axialtrain.tasks.classification import ClassificationConfig
+from axialtrain.tasks.panoptic import PanopticConfig
 from axialtrain.tasks.reconstruction import ReconstructionConfig
 from axialtrain.tasks.segmentation import SegmentationConfig
 from axialtrain.train.config import RunConfig
@@ -39,6 +40,7 @@ def compose_run(
     store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
     store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
     store.store(group="task", name="classification_schema", node=ClassificationConfig)
+    store.store(group="task", name="panoptic_schema", node=PanopticConfig)
     for kind, schema in KINDS.items():
         store.store(group="model", name=f"{kind}_schema", node=schema)
     for name in list_models():  # model=NAME, beside the files of configs/model

@@ -77,7 +77,8 @@ def test_scores_are_the_confusion_of_pixels(cells):
         hit = confusion[c, c]
         ious.append(hit / (confusion[c].sum() + confusion[:, c].sum() - hit))
     summary = task.summary(scores)
-    assert summary["miou"] == pytest.approx(np.mean(ious), rel=1e-12)
+    # torchmetrics computes it in fp32.
+    assert summary["miou"] == pytest.approx(np.mean(ious), rel=1e-6)
     assert summary["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum(), rel=1e-12)
 
 

@@ -1,0 +1,138 @@
+"""From what a panoptic model puts out to segments: one class and instance for each pixel.
+
+Source: Panoptic-DeepLab (arXiv 1911.10194, section 3.3): peaks of the centre heat, things grouped
+around the centre that their offset points at, a majority vote for the class of each, small stuff
+left out. An image lies on all ranks of `mesh.spatial`, so peaks look over the border, centres are
+those of the whole image, and votes and areas are counted over all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axialtrain.data.loader import Batch
+from axialtrain.grid import Place, Rect
+from axialtrain.mesh.collectives import gather_objects, sum_over
+from axialtrain.mesh.exchange import fetch
+from axialtrain.mesh.mesh import Mesh
+from axialtrain.tasks.instances import CHUNK, SEGMENTS, VOID
+from axialtrain.tasks.objective import widened
+
+
+@dataclass
+class MergeConfig:
+    """How segments are read off the model's output.
+
+    threshold: centre heat that a centre must be above. nms: px, side of the square around a centre
+    in which nothing is hotter. centres: at most so many in an image, the hottest. stuff_area: px
+    that a class of stuff must have in an image, or it becomes void there.
+    """
+
+    threshold: float = 0.1
+    nms: int = 7
+    centres: int = 200
+    stuff_area: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"task.merge.threshold={self.threshold}: allowed is 0 to below 1")
+        if self.nms < 1 or self.nms % 2 == 0:
+            raise ValueError(f"task.merge.nms={self.nms}: allowed are odd numbers from 1")
+        if not 1 <= self.centres < SEGMENTS:
+            raise ValueError(f"task.merge.centres={self.centres}: allowed are 1 to {SEGMENTS - 1}")
+        if self.stuff_area < 0:
+            raise ValueError(
+                f"task.merge.stuff_area={self.stuff_area}: allowed are whole numbers from 0"
+            )
+
+
+@torch.no_grad()
+def merged(
+    output: Tensor, batch: Batch, things: list[int], config: MergeConfig, mesh: Mesh
+) -> Tensor:
+    """The segments of this rank's tile: int64 [B, h * p, w * p], class * SEGMENTS + instance.
+
+    output: [B, h * p, w * p, classes + 3], semantic logits, centre heat, offset (dy, dx) in px.
+    things: the classes that have instances. The instances of an image are numbered from 1, by their
+    centre's heat; that of stuff is 0. VOID, -1: missing pixels and invalid tokens, stuff of too
+    small an area, and things where the image has no centre.
+    """
+    output = widened(output)
+    classes = output.shape[-1] - 3
+    place = batch.place.finer(batch.pixels.shape[1] // batch.valid.shape[1])
+    here = batch.present & _per_pixel(batch.valid, batch.place, place)
+    semantic = output[..., :classes].argmax(-1)
+    is_thing = torch.zeros(classes, dtype=torch.bool, device=output.device)
+    is_thing[things] = True
+
+    instance = torch.zeros_like(semantic)
+    found = find_centres(output[..., classes].where(here, 0), place, config, mesh)
+    for index, centres in enumerate(found):
+        if len(centres):
+            pixels = (is_thing[semantic[index]] & here[index]).nonzero()
+            row, col = pixels.unbind(1)
+            corner = torch.tensor((place.rect.top, place.rect.left), device=pixels.device)
+            aims = (pixels + corner) + output[index, row, col, classes + 1 :]
+            instance[index, row, col] = 1 + _nearest(aims, centres.to(aims))
+
+    # How many pixels of each instance have each class; row 0 is of those without instance.
+    rows = config.centres + 1
+    images = torch.arange(len(output), device=output.device)[:, None, None]
+    ballots = ((images * rows + instance) * classes + semantic)[here]
+    votes = torch.bincount(ballots, minlength=len(output) * rows * classes)
+    votes = sum_over(votes, mesh.spatial).view(len(output), rows, classes)
+    winner = votes.argmax(-1).gather(1, instance.flatten(1)).view_as(instance)
+    kept = (votes[:, 0] >= config.stuff_area) & ~is_thing
+    stuff = kept.gather(1, semantic.flatten(1)).view_as(semantic)
+    segments = torch.where(instance > 0, winner, semantic) * SEGMENTS + instance
+    return segments.where(here & ((instance > 0) | stuff), VOID)
+
+
+def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) -> list[Tensor]:
+    """The centres of each image, on all of its ranks: B times int64 [N, 2], y and x in px.
+
+    heat: [B, h, w] of this rank's part of the pixels, under `place`. They come hottest first, of
+    equal heat from top to bottom, then from left to right; at most `config.centres`. A plateau of
+    heat has all of its pixels for centres, as published.
+    """
+    reach = config.nms // 2
+    heat = heat.where(heat > config.threshold, 0)  # 0 also lies outside the image
+
+    def around(rect: Rect) -> Rect:
+        return Rect(rect.top - reach, rect.bottom + reach, rect.left - reach, rect.right + reach)
+
+    wide = fetch(heat, place, around, mesh, across_rows=True, across_cols=True)
+    peaks = (heat > 0) & (heat == F.max_pool2d(wide, config.nms, stride=1))
+    mine = []
+    for values, peak in zip(heat, peaks, strict=True):
+        row, col = peak.nonzero(as_tuple=True)  # from top to bottom, then from left to right
+        order = values[row, col].sort(descending=True, stable=True).indices[: config.centres]
+        row, col = row[order], col[order]
+        y, x = row + place.rect.top, col + place.rect.left
+        mine.append(list(zip((-values[row, col]).tolist(), y.tolist(), x.tolist(), strict=True)))
+    found = []
+    for parts in zip(*gather_objects(mine, mesh.spatial), strict=True):
+        best = sorted(chain(*parts))[: config.centres]
+        points = [(y, x) for _, y, x in best]
+        found.append(torch.tensor(points, dtype=torch.int64, device=heat.device).view(-1, 2))
+    return found
+
+
+def _nearest(aims: Tensor, centres: Tensor) -> Tensor:
+    """Of each of [P, 2], which of the centres [N, 2] is the nearest; of equal ones the first."""
+    parts = [torch.zeros(0, dtype=torch.int64, device=aims.device)]
+    for part in aims.split(max(1, CHUNK // len(centres))):
+        dy, dx = (part[:, dim, None] - centres[:, dim] for dim in (0, 1))
+        parts.append((dy * dy + dx * dx).argmin(1))
+    return torch.cat(parts)
+
+
+def _per_pixel(valid: Tensor, tokens: Place, pixels: Place) -> Tensor:
+    """[B, h, w] of tokens -> [B, h * p, w * p] of their pixels."""
+    patch = pixels.height // tokens.height
+    return valid.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
