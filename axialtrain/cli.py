@@ -206,11 +206,10 @@ def _export(parsed: argparse.Namespace) -> int:
 def _models(parsed: argparse.Namespace) -> int:
     from axialtrain.bench.zoo import markdown, write
 
-    table = markdown(parsed.pattern)
     if parsed.out is None:
-        print(table)
+        print(markdown(parsed.pattern))
     else:
-        write(parsed.out, table)
+        write(parsed.out, parsed.pattern)
         print(f"written: {parsed.out}")
     return 0
 

@@ -23,6 +23,10 @@ from axialtrain.train.storage import Folder
 
 IMAGE, CLASSES = (224, 224), 1000  # px and classes of ImageNet, for what classifies
 SCENE, LABELS = (1024, 2048), 19  # of Cityscapes, for what names a class for each pixel
+HEAD = (
+    "| model | input (px) | classes | parameters | multiply-adds (G) |",
+    "|---|---|---:|---:|---:|",
+)
 BEGIN, END = "<!-- axialtrain models: begin -->", "<!-- axialtrain models: end -->"
 
 
@@ -36,6 +40,14 @@ class Row:
     classes: int
     parameters: int
     multiply_adds: int
+
+    @property
+    def line(self) -> str:
+        """Of the table."""
+        return (
+            f"| `{self.name}` | {self.height} x {self.width} | {self.classes} | "
+            f"{self.parameters:,} | {self.multiply_adds / 1e9:.3f} |"
+        )
 
 
 def rows(pattern: str = "*") -> list[Row]:
@@ -74,20 +86,11 @@ def _row(name: str) -> Row:
 
 def markdown(pattern: str = "*") -> str:
     """The rows as a table."""
-    lines = [
-        "| model | input (px) | classes | parameters | multiply-adds (G) |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in rows(pattern):
-        lines.append(
-            f"| `{row.name}` | {row.height} x {row.width} | {row.classes} | {row.parameters:,} | "
-            f"{row.multiply_adds / 1e9:.3f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*HEAD, *(row.line for row in rows(pattern))])
 
 
-def write(page: Path, table: str) -> None:
-    """Put `table` in place of what stands between the two markers of a page, BEGIN and END.
+def write(page: Path, pattern: str = "*") -> None:
+    """Put the table in place of what stands between the two markers of a page, BEGIN and END.
 
     The page has its name when all of it is there. Raises ValueError where it has no such place.
     """
@@ -96,4 +99,6 @@ def write(page: Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"--out {page}: allowed is a page with the lines {BEGIN} and {END}")
-    Folder(page.parent).write(page.name, f"{before}{BEGIN}\n{table}\n{END}{after}".encode())
+    Folder(page.parent).write(
+        page.name, f"{before}{BEGIN}\n{markdown(pattern)}\n{END}{after}".encode()
+    )

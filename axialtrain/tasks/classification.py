@@ -12,7 +12,9 @@ from axialtrain.data.config import PerBand
 from axialtrain.data.loader import Batch
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh
+from axialtrain.models.deeplab import AxialDeepLab
 from axialtrain.models.heads import POOLS, Classifier
+from axialtrain.models.registry import Backbone, ModelConfig
 from axialtrain.models.timm_weights import HEADS, config_of, from_timm, load_timm, read_timm
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.tasks.objective import widened
@@ -88,17 +90,23 @@ class Classification:
         self.instances = False
         self._teacher: nn.Module | None = None
 
-    def build(self, backbone: AxialTransformer) -> nn.Module:
+    def build(self, backbone: Backbone) -> nn.Module:
+        """Raises ValueError for a model that does not name a class for an image, or not so."""
         config = self.config
+        if isinstance(backbone, AxialDeepLab):
+            raise ValueError(
+                "task=classification names a class for each image, and model=axial_deeplab one for "
+                "each pixel: allowed are task=segmentation and task=panoptic, or another model"
+            )
         return Classifier(backbone, config.classes, config.pool, distilled=config.distilled)
 
-    def check(self, model: AxialTransformerConfig) -> None:
+    def check(self, model: ModelConfig) -> None:
         """Raise ValueError where the teacher cannot be had, or cannot teach a student like that."""
         if self.config.distill.teacher is not None:
             self._teacher_weights(model)
 
     def _teacher_weights(
-        self, model: AxialTransformerConfig | None = None
+        self, model: ModelConfig | None = None
     ) -> tuple[AxialTransformerConfig, dict[str, Tensor]]:
         key = f"task.distill.teacher={self.config.distill.teacher}"
         state = read_timm(str(self.config.distill.teacher), key)

@@ -15,7 +15,8 @@ from axialtrain.data.loader import Batch
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import MaskedReconstructor
-from axialtrain.models.transformer import AxialTransformer, to_patches
+from axialtrain.models.registry import Backbone
+from axialtrain.models.transformer import to_patches
 from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
@@ -60,7 +61,7 @@ class Reconstruction:
         self.image_classes: int | None = None
         self.instances = False
 
-    def build(self, backbone: AxialTransformer) -> nn.Module:
+    def build(self, backbone: Backbone) -> nn.Module:
         return MaskedReconstructor(backbone)
 
     def prepare(self, mesh: Mesh, device: torch.device) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from axialtrain.data.config import PerBand
 from axialtrain.data.loader import Batch
 from axialtrain.mesh.mesh import Mesh
+from axialtrain.models.deeplab import AxialDeepLab, SemanticDeepLab
 from axialtrain.models.heads import Segmenter
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.registry import Backbone
 from axialtrain.tasks.metrics import mean_iou
 from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
@@ -55,7 +56,15 @@ class Segmentation:
         self.image_classes: int | None = None  # of whole images it needs none
         self.instances = False
 
-    def build(self, backbone: AxialTransformer) -> nn.Module:
+    def build(self, backbone: Backbone) -> nn.Module:
+        """Raises ValueError for cells that the model has none of."""
+        if isinstance(backbone, AxialDeepLab):
+            if self.config.cells != 1:
+                raise ValueError(
+                    f"task.cells={self.config.cells}: model=axial_deeplab names a class per pixel "
+                    "already: allowed is 1"
+                )
+            return SemanticDeepLab(backbone, self.config.classes)
         return Segmenter(backbone, self.config.classes, self.config.cells)
 
     def prepare(self, mesh: Mesh, device: torch.device) -> None:
@@ -68,7 +77,7 @@ class Segmentation:
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss [B], number of valid pixels [B]) of this rank's tile.
 
-        logits: [B, h * cells, w * cells, classes].
+        logits: [B, h * cells, w * cells, classes], cells being those of the model of `build`.
         """
         counts = self._counts(batch, logits)
         per_cell = -(counts * F.log_softmax(widened(logits), dim=-1))
@@ -97,8 +106,7 @@ class Segmentation:
         counts = self._counts(batch, logits)[0]
         truth = torch.where(counts.sum(-1) > 0, counts.argmax(-1), IGNORE)
         predicted = logits[0].argmax(-1)
-        cells = self.config.cells
-        side = batch.pixels.shape[1] // max(batch.valid.shape[1], 1) // cells
+        side = batch.pixels.shape[1] // max(logits.shape[1], 1)
         return [
             image_panel(batch.pixels[0], side, "image", mean=mean, std=std),
             Panel("truth", _coloured(truth)),

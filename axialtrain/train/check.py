@@ -114,6 +114,11 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                     f"task.classes={task.classes}: {key}={url} has labels up to "
                     f"{(shards.classes or 0) - 1}; allowed are numbers from {shards.classes}"
                 )
+        if task.instances and not shards.has_instances:
+            raise ValueError(
+                f"{key}={url}: its images have no instances, which task={config.task.name} needs: "
+                "shard them with --instances"
+            )
         for grid in loader_of(config, shards, at=(0, 0), data_rank=0).grids:
             try:
                 config.model.check_grid(*grid)

@@ -20,7 +20,7 @@ from axialtrain.data.loader import Batch, Loader
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.registry import Backbone
 from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
 from axialtrain.tasks.panels import Panel
 from axialtrain.train.alike import BadStepError
@@ -45,8 +45,9 @@ class Task(Protocol):
     metrics: tuple[str, ...]  # of `summary`, the higher the better
     classes: int | None  # of label rasters
     image_classes: int | None  # of labels of whole images
+    instances: bool  # whether it needs instance rasters
 
-    def build(self, backbone: AxialTransformer) -> nn.Module: ...
+    def build(self, backbone: Backbone) -> nn.Module: ...
     def prepare(self, mesh: Mesh, device: torch.device) -> None: ...
     def inputs(self, batch: Batch) -> tuple[object, ...]: ...
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
