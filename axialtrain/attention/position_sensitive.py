@@ -4,9 +4,10 @@
 
 with a factor for each head and each of the three logits, which stands for the batch norm between
 them and their sum, and with what content and positions give kept apart, for the batch norm behind.
-The batch norm needs the moments of all logits before any factor is known, so there are two walks
-over them. Both go in chunks over lines and queries, and compute a chunk again in backward: no more
-logits than a chunk's exist at a time.
+The batch norm needs the moments of all logits before any factor is known. Of whole lines they
+follow from sums over tokens, without a logit (`_moments_of_all`); with a mask there are two walks
+over the logits. Walks go in chunks over lines and queries, and compute a chunk again in backward:
+no more logits than a chunk's exist at a time.
 
 Tables hold r for queries, keys and values, K + K + V channels, shared by the heads. Of the distance
 d = (coordinate of the key) - (coordinate of the query), r^q and r^v stand at S - 1 - d, r^k at
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +45,8 @@ def logit_moments(
     if q.numel() == 0:
         none = (q.sum() + k.sum() + table[:, :0].sum()).expand(KINDS * q.shape[3])
         return none.new_zeros(1), none[None], none[None]
+    if mask is None:
+        return _moments_of_all(q.flatten(0, 1), k.flatten(0, 1), table)
     parts: list[Stats] = [
         checkpoint(_moments, q1, k1, table, mask1, start, use_reentrant=False)
         for q1, k1, _, mask1, start in _chunks(q, k, k, mask, table, chunk)
@@ -123,16 +127,45 @@ def _logits(q: Tensor, k: Tensor, table: Tensor, start: int) -> tuple[Tensor, Te
     )
 
 
-def _moments(q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None, start: int) -> Stats:
+def _moments_of_all(q: Tensor, k: Tensor, table: Tensor) -> Stats:
+    """The moments of all logits of the lines q, k: [x, L, N, K], as one part.
+
+    A sum of squares of products is one of products of sums: sum_ij (q_i k_j)^2 is the sum of the
+    entries of (sum_i q_i q_i^T) * (sum_j k_j k_j^T), and so on. It costs about K / L of what the
+    logits do. In fp64, in which the mean's square can be taken off the mean square.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, table = q.double(), k.double(), table.double()
+    lines, length, _, width = q.shape
+    count = q.new_tensor(lines * length**2)
+    sums = [(q.sum(1) * k.sum(1)).sum((0, 2))]
+    squares = [(_gram(q, "x n") * _gram(k, "x n")).sum((0, 2, 3))]
+    # The distance of own - other coordinate, 1 - L to L - 1: each token has a window of L of them.
+    span = (table.shape[1] + 1) // 2
+    steps = torch.arange(1 - length, length, device=q.device).clamp(1 - span, span - 1)
+    for x, of_x in ((q, table[:width]), (k, table[width : 2 * width])):
+        line = of_x[:, steps + span - 1]
+        sums.append(torch.einsum("x l n k, k l -> n", x, _windows(line, length)))
+        outer = _windows(line[:, None] * line, length)
+        squares.append(torch.einsum("l n k j, k j l -> n", _gram(x, "l n"), outer))
+    means = torch.cat(sums) / count
+    above = (torch.cat(squares) - count * means.square()).clamp_min(0)
+    return count.to(dtype)[None], means.to(dtype)[None], above.to(dtype)[None]
+
+
+def _gram(x: Tensor, keep: str) -> Tensor:
+    """x: [x, l, n, K] -> [keep, K, K], products of channels summed over the other dims."""
+    return torch.einsum(f"x l n k, x l n j -> {keep} k j", x, x)
+
+
+def _windows(line: Tensor, length: int) -> Tensor:
+    """[..., 2 L - 1] -> [..., L], the sums of the windows of L entries."""
+    sums = F.pad(line.cumsum(-1), (1, 0))
+    return sums[..., length:] - sums[..., :-length]
+
+
+def _moments(q: Tensor, k: Tensor, table: Tensor, mask: Tensor, start: int) -> Stats:
     kinds = _logits(widened(q), widened(k), widened(table), start)
-    if mask is None:
-        count = kinds[0].new_tensor(kinds[0][:, 0].numel())
-        means = [kind.mean((0, 2, 3)) for kind in kinds]
-        squares = [
-            (kind - mean[:, None, None]).square().sum((0, 2, 3))
-            for kind, mean in zip(kinds, means, strict=True)
-        ]
-        return count, torch.cat(means), torch.cat(squares)
     pairs = mask[:, None, start : start + q.shape[1], None] & mask[:, None, None]
     count = pairs.sum().to(kinds[0])
     means = [torch.where(pairs, kind, 0.0).sum((0, 2, 3)) / count.clamp_min(1) for kind in kinds]

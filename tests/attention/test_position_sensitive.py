@@ -121,22 +121,38 @@ def test_no_tokens_or_no_lines_stay_in_the_graph():
             assert not gradient.any()
 
 
-def test_no_more_logits_than_a_chunk_exist_at_a_time():
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_no_more_logits_than_a_chunk_exist_at_a_time(masked):
     """64 lines of 64 tokens in chunks of 8: the peak stays under what all logits would take."""
     q, k = (torch.randn(1, 64, 64, 4, 4, requires_grad=True) for _ in range(2))
     v = torch.randn(1, 64, 64, 4, 8, requires_grad=True)
     table, factors = torch.randn(16, 127, requires_grad=True), torch.ones(12, requires_grad=True)
+    mask = torch.ones(1, 64, 64, dtype=torch.bool) if masked else None
     line = 4 * 64 * 64  # logits of one kind
-    chunk = 8 * line + 16 * 64 * 64
-    with Peak() as peak:
-        moments = logit_moments(q, k, table, chunk=chunk)
-        out = attend_with_positions(q, k, v, table, factors, chunk=chunk)
-        (sum(x.sum() for x in moments) + sum(x.square().sum() for x in out)).backward()
+
+    def peak_of(chunk: int) -> Peak:
+        with Peak() as peak:
+            moments = logit_moments(q, k, table, mask, chunk=chunk)
+            out = attend_with_positions(q, k, v, table, factors, mask, chunk=chunk)
+            (sum(x.sum() for x in moments) + sum(x.square().sum() for x in out)).backward()
+        return peak
+
+    chunked, whole = peak_of(8 * line + 16 * 64 * 64), peak_of(2**40)
     of_all = 64 * line * 4
-    assert peak.largest <= 8 * line * 4
-    assert peak.bytes < 3 * of_all, "all three kinds of logits at once"
-    with Peak() as whole:
-        moments = logit_moments(q, k, table, chunk=2**40)
-        (sum(x.sum() for x in moments)).backward()
     assert whole.largest == of_all, "the check sees logits where there are all"
-    assert peak.bytes < whole.bytes / 2
+    assert chunked.largest <= of_all / 8
+    assert chunked.bytes < whole.bytes / 2
+
+
+def test_moments_without_logits_stand_a_large_mean():
+    """In fp32, of logits whose mean is 300 times their deviation, to six digits."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 40, 50, 1, 4, generator=generator) * 0.1 + 30 for _ in range(2))
+    table = torch.randn(16, 99, generator=generator) * 0.1 + 30
+    _, mean, squares = logit_moments(q, k, table)
+    everything = torch.ones(1, 40, 50, dtype=torch.bool)
+    wide = [x.double() for x in (q, k, table)]
+    _, mean64, squares64 = logit_moments(*wide, everything)
+    assert (mean64.square() / (squares64 / (40 * 50 * 50))).min() > 300**2
+    torch.testing.assert_close(mean.double(), mean64, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares.double(), squares64, rtol=1e-6, atol=0)
