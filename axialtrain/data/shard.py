@@ -22,6 +22,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from axialtrain.data.codec import Pixels, encode_jpeg, encode_png
+from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.inputs import Input, check_inputs
 from axialtrain.data.readers import Reader, TiffReader, open_image, open_instances, tiles_of
 from axialtrain.data.store import (
@@ -41,7 +42,6 @@ from axialtrain.data.store import (
     block_key,
     count_classes,
     head_key,
-    hilbert_order,
     shard_name,
     tile_member,
 )
@@ -239,12 +239,12 @@ class _ImageWriter:
         return None if pixels is None else encode_png(pixels)
 
     def _write_head(self, head: Head) -> ImageRow:
-        data = head.to_json()
+        thumbnail = encode_jpeg(_thumbnail(self._job.image, head.level), _THUMBNAIL_QUALITY)
+        data = replace(head, thumbnail_crc32c=google_crc32c.value(thumbnail)).to_json()
         if len(data) > MAX_HEAD_BYTES:
             raise ValueError(f"{self._job.image}: its head takes {len(data)} bytes")
         # Members are sorted by name: the JSON is the first, right behind its tar header.
         offset = self._file.tell() + TAR_RECORD
-        thumbnail = encode_jpeg(_thumbnail(self._job.image, head.level), _THUMBNAIL_QUALITY)
         sample = {"json": data, "thumbnail.jpg": thumbnail}
         self._file.write(_members(head_key(head.name), sample))
         return ImageRow(

@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,28 +109,6 @@ def max_block_bytes(tile: int, *, instances: bool) -> int:
     return BLOCK * BLOCK * (max_tile_bytes(tile) + rasters + 2 * TAR_RECORD) + (1 << 20)
 
 
-def hilbert_order(rows: int, cols: int) -> list[tuple[int, int]]:
-    """All (row, col) of a grid, in the order in which a Hilbert curve visits them.
-
-    The curve runs over the enclosing square of side 2^k; what lies outside the grid is skipped.
-    """
-    row, col = (a.ravel() for a in np.indices((rows, cols), dtype=np.int64))
-    y, x = row.copy(), col.copy()
-    distance = np.zeros_like(row)
-    side = 1 << max(rows - 1, cols - 1, 0).bit_length()
-    half = side >> 1
-    while half:
-        below, right = (y & half) > 0, (x & half) > 0
-        distance += half * half * ((3 * right) ^ below)
-        # The quadrants of the upper half hold the curve transposed, the right one also reversed.
-        reverse = ~below & right
-        x[reverse], y[reverse] = side - 1 - x[reverse], side - 1 - y[reverse]
-        x[~below], y[~below] = y[~below], x[~below].copy()
-        half >>= 1
-    order = np.argsort(distance, kind="stable")
-    return list(zip(row[order].tolist(), col[order].tolist(), strict=True))
-
-
 @dataclass(frozen=True)
 class Tile:
     """A stored tile. row, col: of the image's tile grid; member: its name within the sample."""
@@ -199,7 +178,8 @@ class Head:
     height, width: px of the stored level. tile: px. mpp: micrometres per px of the stored level.
     level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
     encoding: of the tiles, "jpg" or "png". classes, label, instances: as in ImageRow.
-    group: images that belong in the same split.
+    group: images that belong in the same split. thumbnail_crc32c: None in shards of before it was
+    stored.
     """
 
     name: str
@@ -216,6 +196,7 @@ class Head:
     blocks: tuple[BlockEntry, ...]
     label: int | None = None
     instances: int | None = None
+    thumbnail_crc32c: int | None = None
 
     @property
     def rect(self) -> Rect:
@@ -267,6 +248,11 @@ class Head:
                 f"{where}: blocks names {len(blocks)} different blocks, allowed is each of the "
                 f"{rows} x {cols} blocks once"
             )
+        _check_apart(
+            where,
+            [(e.offset, e.offset + e.length, f"block {e.row}, {e.col}") for e in blocks.values()]
+            + [(*row.head_bytes, "the head")],
+        )
         return Head(
             name=row.name,
             height=height,
@@ -282,7 +268,22 @@ class Head:
             blocks=tuple(blocks.values()),
             label=row.label,
             instances=row.instances,
+            thumbnail_crc32c=_absent_or(record, "thumbnail_crc32c", _CRC_MAX),
         )
+
+
+def _check_apart(where: str, ranges: list[tuple[int, int, str]]) -> None:
+    """ValueError if two of the (start, stop, name) share a byte.
+
+    Otherwise a small shard could be read as a large image, the same bytes again and again.
+    """
+    ranges.sort()
+    for (_, stop, before), (start, _, after) in pairwise(ranges):
+        if start < stop:
+            raise ValueError(
+                f"{where}: {after} starts at byte {start}, allowed is behind {before}, which ends "
+                f"at byte {stop}"
+            )
 
 
 def _block_entry(item: Record, grid: tuple[int, int], most: int, shard_bytes: int) -> BlockEntry:
@@ -323,12 +324,18 @@ class ImageRow:
     label: int | None = None
     instances: int | None = None
 
+    @property
+    def head_bytes(self) -> tuple[int, int]:
+        """[start, stop) in `shard` of the head's JSON, its tar header and padding included."""
+        data = -(-self.head_length // TAR_RECORD) * TAR_RECORD
+        return self.head_offset - TAR_RECORD, self.head_offset + data
+
     @staticmethod
     def from_record(item: Record) -> ImageRow:
         row = ImageRow(
             name=item.text("name", _NAME, _NAME_WORDS),
             shard=item.text("shard", _SHARD, _SHARD_WORDS),
-            head_offset=item.integer("head_offset", 0, MAX_BYTES),
+            head_offset=item.integer("head_offset", TAR_RECORD, MAX_BYTES),
             head_length=item.integer("head_length", 2, MAX_HEAD_BYTES),
             head_sha256=item.text("head_sha256", _SHA256, _SHA256_WORDS),
             height=item.integer("height", 1, MAX_SIDE),
@@ -371,6 +378,11 @@ class Manifest:
             if row.name in names:
                 raise ValueError(f"{where}: images has the name {row.name!r} twice")
             names.add(row.name)
+        by_shard: dict[str, list[tuple[int, int, str]]] = {}
+        for row in rows:
+            by_shard.setdefault(row.shard, []).append((*row.head_bytes, f"head of {row.name!r}"))
+        for shard, ranges in by_shard.items():
+            _check_apart(f"{where}: {shard}", ranges)
         return Manifest(rows)
 
 
@@ -381,7 +393,7 @@ def _absent_or(record: Record, key: str, most: int) -> int | None:
 
 def _fields(record: BlockIndex | Head | ImageRow) -> dict[str, object]:
     """What of `record` its JSON holds. Of what came later, None is no key: older digests stay."""
-    later = ("label", "instances", "instances_crc32c")
+    later = ("label", "instances", "instances_crc32c", "thumbnail_crc32c")
     return {k: v for k, v in asdict(record).items() if k not in later or v is not None}
 
 

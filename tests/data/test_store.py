@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.store import (
     INSTANCES,
     LABELS,
@@ -23,14 +24,13 @@ from axialtrain.data.store import (
     Tile,
     block_key,
     count_classes,
-    hilbert_order,
     image_name,
     max_block_bytes,
     tile_member,
 )
 
 ROW = ImageRow("a.b", "shard-00000.tar", 4096, 500, "0" * 64, 300, 200, None)
-ROW_2 = replace(ROW, name="c")
+ROW_2 = replace(ROW, name="c", head_offset=16384)
 HEAD = Head(
     name="a.b",
     height=300,
@@ -44,9 +44,7 @@ HEAD = Head(
     source_sha256="1" * 64,
     group="a.b",
     blocks=tuple(
-        BlockEntry(row, col, 1024 * (row * 2 + col), 1024, 7)
-        for row in range(3)
-        for col in range(2)
+        BlockEntry(row, col, 512 * (row * 2 + col), 512, 7) for row in range(3) for col in range(2)
     ),
 )
 
@@ -158,7 +156,7 @@ def test_bound_of_a_block_counts_its_instances() -> None:
     for most, instances in ((few, None), (many, 5)):
         row = replace(ROW, classes=2, instances=instances)
         for length, allowed in ((most, True), (most + 1, False)):
-            blocks = (replace(HEAD.blocks[0], length=length), *HEAD.blocks[1:])
+            blocks = (replace(HEAD.blocks[0], offset=1 << 20, length=length), *HEAD.blocks[1:])
             data = replace(HEAD, classes=2, instances=instances, blocks=blocks).to_json()
             if allowed:
                 assert Head.from_json(data, row, 1 << 30, "h").blocks == blocks
@@ -185,6 +183,7 @@ def test_head_of_another_class_is_refused(of_row: int | None, of_head: int | Non
         ("shard", "../other.tar"),
         ("shard", "x.tar\n"),
         ("head_offset", -1),
+        ("head_offset", 511),
         ("head_offset", 1.5),
         ("head_length", 1 << 40),
         ("head_sha256", "zz"),
@@ -270,6 +269,23 @@ def test_block_outside_its_shard_is_named(key: str, value: int) -> None:
     data["blocks"][2][key] = value
     with pytest.raises(ValueError, match=rf"^h: blocks\[2\]: {key} is "):
         Head.from_json(json.dumps(data).encode(), ROW, 1 << 20, "h")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511, 2047, 4096 - 1023, 4096, 4096 + 511])
+def test_block_over_another_or_over_the_head_is_refused(offset: int) -> None:
+    data: dict[str, Any] = json.loads(HEAD.to_json())
+    data["blocks"][5]["offset"] = offset
+    with pytest.raises(ValueError, match=r"^h: .* starts at byte \d+, allowed is behind "):
+        Head.from_json(json.dumps(data).encode(), ROW, 1 << 20, "h")
+
+
+@pytest.mark.parametrize("offset", [4096 - 512, 4096, 4096 + 512])
+def test_heads_over_each_other_are_refused(offset: int) -> None:
+    rows = (ROW, replace(ROW_2, head_offset=offset))
+    with pytest.raises(ValueError, match=r"^m: shard-00000\.tar: head of .* starts at byte"):
+        Manifest.from_json(Manifest(rows).to_json(), "m")
+    apart = (ROW, replace(rows[1], shard="shard-00001.tar"))
+    assert Manifest.from_json(Manifest(apart).to_json(), "m").images == apart
 
 
 def test_every_block_must_be_there_once() -> None:
