@@ -7,7 +7,6 @@ the shards apart without our directory of blocks.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from axialtrain.data.store import (
     block_key,
     count_classes,
 )
+from axialtrain.data.tar import is_file, parse_header
 from axialtrain.grid import Rect
 
 
@@ -84,10 +84,10 @@ class Block:
 
     def paint_pixels(self, pixels: Pixels, present: NDArray[np.bool_], rect: Rect) -> int:
         """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were."""
-        shape = (self.head.tile, self.head.tile, 3)
         count = 0
         for tile, whole, part in self.tiles(rect):
-            decoded = self._decode(tile.member, shape)
+            with self._member(tile.member) as data:
+                decoded = decode_tile(data, self.head)
             pixels[part.slices(rect)] = decoded[part.slices(whole)]
             present[part.slices(rect)] = True
             count += 1
@@ -98,12 +98,8 @@ class Block:
         if self.head.classes is None:
             return
         block = self.head.block_rect(self.index.row, self.index.col)
-        raster = self._decode(LABELS, (block.height, block.width, 1))[..., 0]
-        if count_classes(raster) > self.head.classes:
-            raise ValueError(
-                f"{self._where(LABELS)}: has label {count_classes(raster) - 1}, allowed is below "
-                f"the {self.head.classes} classes in {MANIFEST}"
-            )
+        with self._member(LABELS) as data:
+            raster = decode_labels(data, self.head, block)
         for _, _, part in self.tiles(rect):
             labels[part.slices(rect)] = raster[part.slices(block)]
 
@@ -113,12 +109,7 @@ class Block:
             return
         block = self.head.block_rect(self.index.row, self.index.col)
         with self._member(INSTANCES) as data:
-            raster = decode_instances(data, (block.height, block.width))
-        if raster.max() > self.head.instances:
-            raise ValueError(
-                f"{self._where(INSTANCES)}: has instance {raster.max()}, allowed is up to the "
-                f"{self.head.instances} in {MANIFEST}"
-            )
+            raster = decode_numbers(data, self.head, block)
         for _, _, part in self.tiles(rect):
             instances[part.slices(rect)] = raster[part.slices(block)]
 
@@ -133,10 +124,6 @@ class Block:
             if name in stored and google_crc32c.value(bytes(member.data)) != stored[name]:
                 return self._where(name)
         return None
-
-    def _decode(self, name: str, shape: tuple[int, int, int]) -> Pixels:
-        with self._member(name) as data:
-            return decode(data, shape)
 
     @contextmanager
     def _member(self, name: str) -> Iterator[bytes]:
@@ -154,19 +141,42 @@ class Block:
         return f"{self.path}: byte {self.members[name].offset}: member {key}.{name}"
 
 
+def decode_tile(data: bytes, head: Head) -> Pixels:
+    """A tile of the image of `head`, uint8 [tile, tile, 3]."""
+    return decode(data, (head.tile, head.tile, 3))
+
+
+def decode_labels(data: bytes, head: Head, block: Rect) -> Pixels:
+    """The label raster of the block that covers `block` (px), uint8 [h, w]."""
+    raster = decode(data, (block.height, block.width, 1))[..., 0]
+    if head.classes is None or count_classes(raster) > head.classes:
+        raise ValueError(
+            f"has label {count_classes(raster) - 1}, allowed is below the {head.classes} classes "
+            f"in {MANIFEST}"
+        )
+    return raster
+
+
+def decode_numbers(data: bytes, head: Head, block: Rect) -> Instances:
+    """The instance raster of the block that covers `block` (px), uint16 [h, w]."""
+    raster = decode_instances(data, (block.height, block.width))
+    if head.instances is None or raster.max() > head.instances:
+        raise ValueError(
+            f"has instance {raster.max()}, allowed is up to the {head.instances} in {MANIFEST}"
+        )
+    return raster
+
+
 def _tar_members(data: memoryview, path: str, offset: int) -> Iterator[tuple[str, Member]]:
     """(name, member) of each file in `data`, which starts at byte `offset` of the shard."""
     at = 0
     while at < len(data):
         try:
-            header = bytes(data[at : at + TAR_RECORD])
-            info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise ValueError(
-                f"{path}: byte {offset + at}: no tar header where one belongs ({error})"
-            ) from error
+            info = parse_header(bytes(data[at : at + TAR_RECORD]))
+        except ValueError as error:
+            raise ValueError(f"{path}: byte {offset + at}: {error}") from error
         at += TAR_RECORD
-        if not info.isreg() or not 0 <= info.size <= len(data) - at:
+        if not is_file(info, len(data) - at):
             raise ValueError(
                 f"{path}: byte {offset + at}: member {info.name!r} is no file that ends in its "
                 f"block"

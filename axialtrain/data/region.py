@@ -56,9 +56,22 @@ def open_shards(url: str) -> Shards:
     ValueError, naming the url, if there are none, they cannot be reached, or they are of another
     version of the format.
     """
+    fs, root, data = read_manifest(url)
+    return Shards(fs, root, Manifest.from_json(data, f"{root}/{MANIFEST}"))
+
+
+def read_manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
+    """What reads the folder `url`, the folder's path there, and the bytes of its manifest.
+
+    ValueError as `open_shards` has it.
+    """
     try:
         fs, root = fsspec.core.url_to_fs(str(url))
-        path = f"{root.rstrip('/')}/{MANIFEST}"
+        root = root.rstrip("/")
+        path = f"{root}/{MANIFEST}"
+        size = file_size(fs, path)
+        if size is not None and size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{MANIFEST} has {size} bytes, allowed is {MAX_MANIFEST_BYTES}")
         data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{url}: no shards here, allowed is a folder with a {MANIFEST}") from None
@@ -66,7 +79,20 @@ def open_shards(url: str) -> Shards:
         raise ValueError(f"{url}: no shards can be read here ({error})") from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"{path}: is over {MAX_MANIFEST_BYTES} bytes, too large for a manifest")
-    return Shards(fs, root.rstrip("/"), Manifest.from_json(data, path))
+    return fs, root, data
+
+
+def file_size(fs: fsspec.AbstractFileSystem, path: str) -> int | None:
+    """Bytes of the file at `path`, None where its server does not say.
+
+    ValueError where it is no file: a pipe would never end, nor would a link to a device.
+    """
+    info = fs.info(path)
+    if info["type"] != "file":
+        kind = info["type"] if info["type"] == "directory" else "pipe, device or the like"
+        raise ValueError(f"{path}: is a {kind}, allowed is a file")
+    size = info.get("size")
+    return size if isinstance(size, int) else None
 
 
 class Shards:
@@ -213,10 +239,10 @@ class Shards:
             if path in self._sizes:
                 return self._sizes[path]
         try:
-            size = self._fs.size(path)
+            size = file_size(self._fs, path)
         except FileNotFoundError:
             raise ValueError(f"{path}: {MANIFEST} names this shard, but it is not there") from None
-        if not isinstance(size, int):  # some web servers do not say
+        if size is None:
             raise ValueError(f"{path}: its server does not tell its size, which reading needs")
         with self._lock:
             self._sizes[path] = size

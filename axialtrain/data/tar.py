@@ -1,0 +1,38 @@
+"""Headers of a tar that may come from strangers. Nothing in here is ever a path on this machine."""
+
+from __future__ import annotations
+
+import tarfile
+
+_KINDS = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.DIRTYPE: "a folder",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+
+def parse_header(data: bytes) -> tarfile.TarInfo:
+    """The header of a member; ValueError, without a place, where `data` is none."""
+    try:
+        return tarfile.TarInfo.frombuf(data, "ascii", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise ValueError(f"no tar header where one belongs ({error})") from error
+
+
+def is_file(info: tarfile.TarInfo, most: int) -> bool:
+    """Whether a member is an ordinary file of at most `most` bytes.
+
+    tarfile's own `isreg` also takes sparse files, whose bytes are not those that readers get.
+    """
+    return info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and 0 <= info.size <= most
+
+
+def kind(info: tarfile.TarInfo) -> str:
+    """What a member is, in words."""
+    if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return f"a file of {info.size} bytes"
+    return _KINDS.get(info.type, f"a member of type {info.type!r}")
