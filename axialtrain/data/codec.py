@@ -7,12 +7,15 @@ file must not be able to ask for a large amount of memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
+
+from axialtrain.data.kinds import DTYPE, Kind, Raster
+from axialtrain.data.tile_tiff import TIFF, decode_tiff, encode_tiff
 
 Pixels = NDArray[np.uint8]
 Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
@@ -20,23 +23,31 @@ Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _APP0, _APP14 = 0xE0, 0xEE
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what any decoder reads
+MAX_SCANS = 100  # of a JPEG; encoders make ten. Each goes over all pixels, and takes 16 bytes.
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PNG = b"\x89PNG\r\n\x1a\n"
-_GREY, _RGB = 0, 2  # PNG's colour types
-_PNG_BANDS = {8: {_GREY: 1, _RGB: 3}, 16: {_GREY: 1}}  # bits -> colour type -> bands
-_PNG_WORDS = {8: "8-bit grey or RGB", 16: "16-bit grey"}
+_PNG_BANDS = {0: 1, 2: 3, 4: 2, 6: 4}  # PNG's colour types without a palette -> bands
+_GREY = {0: 1}
+_BITS = {"uint8": 8, "uint16": 16}
 
 
-def decode(data: bytes, shape: tuple[int, int, int]) -> Pixels:
-    """The pixels of a stand-alone JPEG or PNG, uint8 [height, width, bands] = `shape`.
+def decode(data: bytes, shape: tuple[int, int, int], dtype: str = DTYPE) -> Raster:
+    """The pixels of a stand-alone JPEG, PNG or TIFF of ours, `dtype` [height, width, bands].
 
-    ValueError if the header says anything but `shape`, or the data cannot be decoded.
+    ValueError if the header says anything but `shape` and `dtype`, or the data cannot be decoded.
     """
+    if data.startswith(TIFF):
+        return decode_tiff(data, shape, dtype)
+    if dtype not in _BITS:
+        raise ValueError(f"is no TIFF, as pixels of {dtype} are stored")
     png = data.startswith(_PNG)
-    found = png_shape(data) if png else jpeg_shape(data)
+    if not png and dtype != "uint8":
+        raise ValueError(f"is no PNG, as pixels of {dtype} are stored")
+    found = png_shape(data, _BITS[dtype]) if png else jpeg_shape(data)
     if found != shape:
         raise ValueError(f"is of shape {found} where {shape} belongs")
-    return _decoded(imagecodecs.png_decode if png else imagecodecs.jpeg8_decode, data, shape)
+    decoder = imagecodecs.png_decode if png else imagecodecs.jpeg8_decode
+    return _decoded(decoder, data, shape, np.dtype(dtype))
 
 
 def decode_instances(data: bytes, size: tuple[int, int]) -> Instances:
@@ -44,17 +55,17 @@ def decode_instances(data: bytes, size: tuple[int, int]) -> Instances:
 
     ValueError if the header says anything else, or the data cannot be decoded.
     """
-    found = png_shape(data, bits=16)[:2]
+    found = png_shape(data, 16, _GREY)[:2]
     if found != size:
         raise ValueError(f"is of shape {found} where {size} belongs")
-    return _decoded(imagecodecs.png_decode, data, size, np.uint16)
+    return _decoded(imagecodecs.png_decode, data, size, np.dtype(np.uint16))
 
 
 def _decoded(
     decoder: Callable[[bytes], NDArray[Any]],
     data: bytes,
     shape: tuple[int, ...],
-    dtype: type[np.generic] = np.uint8,
+    dtype: np.dtype[Any],
 ) -> NDArray[Any]:
     try:
         pixels = decoder(data)
@@ -66,8 +77,18 @@ def _decoded(
     return pixels.reshape(shape)
 
 
-def encode_png(pixels: Pixels | Instances) -> bytes:
-    """`pixels` [h, w] or [h, w, 3] without loss. Level 6 halves label rasters against level 3."""
+def encode(pixels: Raster) -> bytes:
+    """`pixels` [h, w, bands] without loss, as `Kind.lossless` says: PNG where it can hold them."""
+    if Kind(pixels.shape[2], pixels.dtype.name).lossless == "png":
+        return encode_png(pixels)
+    return encode_tiff(pixels)
+
+
+def encode_png(pixels: Raster) -> bytes:
+    """`pixels` [h, w] or [h, w, 1 to 4] of 8 or 16 bits, without loss.
+
+    Level 6 halves label rasters against level 3.
+    """
     return bytes(imagecodecs.png_encode(pixels, 6))
 
 
@@ -75,21 +96,36 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
     return bytes(imagecodecs.jpeg8_encode(pixels, quality))
 
 
-def png_shape(data: bytes, bits: int = 8) -> tuple[int, int, int]:
-    """(height, width, bands) from the header of a PNG of 8 bits a band, or of 16 and one band."""
+def png_bits(data: bytes) -> int:
+    """Bits of a band, from the header of a PNG."""
     if len(data) < 33 or not data.startswith(_PNG) or data[12:16] != b"IHDR":
         raise ValueError("is no PNG")
-    depth, colour = data[24], data[25]
-    if depth != bits or colour not in _PNG_BANDS[bits]:
+    return data[24]
+
+
+def png_shape(
+    data: bytes, bits: int = 8, colours: Mapping[int, int] = _PNG_BANDS
+) -> tuple[int, int, int]:
+    """(height, width, bands) from the header of a PNG of `bits`, 8 or 16, a band.
+
+    colours: PNG's colour types that are let in, and their bands.
+    """
+    colour = data[25] if png_bits(data) == bits else None
+    if bits not in _BITS.values() or colour not in colours:
+        words = "grey" if colours is _GREY else "grey or RGB, with or without opacity"
         raise ValueError(
-            f"is a PNG of {depth} bits and colour type {colour}, not {_PNG_WORDS[bits]}"
+            f"is a PNG of {data[24]} bits and colour type {data[25]}, not "
+            f"{16 if bits == 16 else 8}-bit {words}"
         )
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    return height, width, _PNG_BANDS[bits][colour]
+    return height, width, colours[colour]
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int]:
     """(height, width, bands) from the header of a JPEG of 8 bits a band."""
+    scans = data.count(bytes((0xFF, _SCAN)))
+    if scans > MAX_SCANS:
+        raise ValueError(f"is a JPEG of {scans} scans, allowed is {MAX_SCANS}")
     for marker, start, stop in _segments(data):
         if marker in _FRAMES:
             if stop - start < 10 or data[start + 4] != 8:
