@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,7 @@ def compose_run(
     processes: how many an outer launcher has started, for mesh.data=auto; None where none did.
     Raises ValueError that names the key, the value and what is allowed.
     """
-    store = ConfigStore.instance()
-    run = OmegaConf.structured(RunConfig)
-    run.model = None  # the group says which kind it is, and thereby which keys there are
-    store.store(name="run_schema", node=run)
-    store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
-    store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
-    store.store(group="task", name="classification_schema", node=ClassificationConfig)
-    store.store(group="task", name="panoptic_schema", node=PanopticConfig)
-    for kind, schema in KINDS.items():
-        store.store(group="model", name=f"{kind}_schema", node=schema)
-    for name in list_models():  # model=NAME, beside the files of configs/model
-        store.store(group="model", name=name, node=model_config(name))
+    _store_schemas()
     # Hydra takes a bare number for an integer, and a group's option must be a string.
     overrides = [re.sub(r"^zero=(\d+)$", r"zero='\1'", override) for override in overrides]
     named = {path.stem for path in (config_folder() / "mesh").glob("*.yaml")}
@@ -54,7 +44,8 @@ def compose_run(
             continue
         if shape := re.fullmatch(r"mesh=(\d+)x(\d+)", override):
             row, col = map(int, shape.groups())
-            store.store(group="mesh", name=f"{row}x{col}", node={"row": row, "col": col})
+            node = {"row": row, "col": col}
+            ConfigStore.instance().store(group="mesh", name=f"{row}x{col}", node=node)
         elif override.startswith("mesh="):
             raise ValueError(f"{override}: allowed are mesh=single and mesh=RxC, like mesh=2x3")
     filling = "mesh.data=auto" in overrides
@@ -81,6 +72,23 @@ def compose_run(
     return config, folder, OmegaConf.to_yaml(composed, resolve=True)
 
 
+@cache
+def _store_schemas() -> None:
+    """Give Hydra the dataclasses behind the files, once: it keeps them."""
+    store = ConfigStore.instance()
+    run = OmegaConf.structured(RunConfig)
+    run.model = None  # the group says which kind it is, and thereby which keys there are
+    store.store(name="run_schema", node=run)
+    store.store(group="task", name="segmentation_schema", node=SegmentationConfig)
+    store.store(group="task", name="reconstruction_schema", node=ReconstructionConfig)
+    store.store(group="task", name="classification_schema", node=ClassificationConfig)
+    store.store(group="task", name="panoptic_schema", node=PanopticConfig)
+    for kind, schema in KINDS.items():
+        store.store(group="model", name=f"{kind}_schema", node=schema)
+    for name in list_models():  # model=NAME, beside the files of configs/model
+        store.store(group="model", name=name, node=model_config(name))
+
+
 def _data_ranks(mesh: MeshConfig, processes: int | None) -> int:
     """As many as the processes that are there make: after a loss of machines, fewer."""
     if processes is None:
@@ -104,25 +112,26 @@ def _checked(composed: DictConfig) -> RunConfig:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ValueError(f"{missing[0]} is not set: give {missing[0]}=...")
+    _refuse_unknown(composed, "")
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ValueError(_plain(error)) from error
     assert isinstance(config, RunConfig)
-    _refuse_unknown(OmegaConf.to_container(composed), config, "")
     return config
 
 
-def _refuse_unknown(given: Any, config: Any, prefix: str) -> None:
+def _refuse_unknown(given: Any, prefix: str) -> None:
     """Hydra's `+key=value` adds keys that no dataclass has: nothing would read them."""
-    if not is_dataclass(config):
+    schema = OmegaConf.get_type(given)
+    if not isinstance(given, DictConfig) or not is_dataclass(schema):
         return
-    assert isinstance(given, dict), "what became a dataclass was a group of keys"
-    allowed = [field.name for field in fields(config)]
+    allowed = [field.name for field in fields(schema)]
     for key, value in given.items():
+        path = prefix + str(key)
         if key not in allowed:
-            raise ValueError(f"unknown key {prefix}{key}: allowed are {allowed}")
-        _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
+            raise ValueError(f"unknown key {path}: allowed are {allowed}")
+        _refuse_unknown(value, f"{path}.")
 
 
 def config_folder() -> Path:

@@ -5,10 +5,13 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from axialtrain.data.config import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
-from axialtrain.models.registry import build_backbone
+from axialtrain.models.registry import KINDS, build_backbone
+from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.check import task_of
 from axialtrain.train.compose import compose_run, config_folder
+from axialtrain.train.config import RunConfig
 
 SHARDS = "data.shards=somewhere"
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
@@ -134,9 +137,13 @@ def test_composing_again_forgets_the_first():
         ("++train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
         ("nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
         ("+nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
-        ("task.hidden=0.5", ["unknown key task.hidden"]),  # the other task's
+        ("task.hidden=0.5", ["unknown key task.hidden: allowed", "cells"]),  # the other task's
         ("+task.hidden=0.5", ["unknown key task.hidden", "allowed", "classes", "cells"]),
         ("+model.axial_config.x=1", ["unknown key model.axial_config.x", "pattern", "positions"]),
+        ("model.trunk.width=3", ["unknown key model.trunk: allowed", "axial_config", "patch"]),
+        ("model.axial_config.windows=4", ["unknown key model.axial_config.windows", "'window'"]),
+        ("model.depth.x=3", ["model.depth.x=3", "Integer"]),
+        ("model=none_such", ["model/none_such", "Available", "axial_tiny", "axial_resnet50s"]),
         ("train.steps=many", ["train.steps", "'many'", "Integer"]),
         ("train.steps=1.5", ["train.steps", "'1.5'", "Integer"]),
         ("train.steps=0", ["train.steps=0", "allowed", "from 1"]),
@@ -162,12 +169,61 @@ def test_composing_again_forgets_the_first():
     ],
 )
 def test_what_is_not_allowed_is_named_with_what_is(override, parts):
+    assert_refused([override], parts)
+
+
+def assert_refused(overrides, parts):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (all of its message is looked at)
-        composed(override)
+        composed(*overrides)
+    said = str(error.value)
+    assert "\n" not in said
     for part in parts:
-        assert part in str(error.value)
-    for noise in ("Traceback", "object_type", "provider=", "config_dir", "DictConfig"):
-        assert noise not in str(error.value)
+        assert part in said
+    for noise in ("Traceback", "object_type", "provider=", "config_dir", "DictConfig", "_schema;"):
+        assert noise not in said
+
+
+RESNET, DEEPLAB = "model=axial_resnet50s", "model=axial_deeplab_s"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ([RESNET, "model.patch=16"], ["unknown key model.patch: allowed", "'width'", "'layers'"]),
+        ([RESNET, "+model.patch=16"], ["unknown key model.patch: allowed", "'width'", "'layers'"]),
+        ([DEEPLAB, "model.width=1"], ["unknown key model.width: allowed", "'trunk'", "'aspp'"]),
+        ([DEEPLAB, "+model.trunk.x=1"], ["unknown key model.trunk.x: allowed", "'layers'"]),
+        ([RESNET, "model.width=wide"], ["model.width=wide", "'wide'", "Float"]),
+        (["+model.mlp_width=3"], ["unknown key model.mlp_width: allowed", "'mlp_ratio'"]),
+        ([RESNET, "model.layers=[1,a]"], ["model.layers=[1,a]", "'a'", "Integer"]),
+        ([RESNET, "model.layers=[1,2]"], ["model.layers=[1, 2]: allowed are 4 numbers"]),
+        ([RESNET, "model.image=null"], ["model.image=null needs model.span"]),
+        ([RESNET, "model.name=axial_deeplab"], ["model.name='axial_deeplab': allowed"]),
+        ([DEEPLAB, "model.trunk=3"], ["model.trunk=3", "int", "AxialResNetConfig"]),
+        ([RESNET, "experiment=quickstart"], ["experiment/quickstart", "'patch'", "AxialResNet"]),
+    ],
+    ids=str,
+)
+def test_keys_are_those_of_the_models_kind(overrides, parts):
+    assert_refused(overrides, parts)
+
+
+@pytest.mark.parametrize("model", [None, {"patch": 16}, 3], ids=str)
+def test_a_model_of_no_kind_is_refused(model):
+    message = r"^model=.*: allowed is model=NAME .*axial_resnet_schema, axial_deeplab_schema$"
+    with pytest.raises(ValueError, match=message):
+        RunConfig(DataConfig(shards="x"), model=model)
+
+
+def test_a_model_is_a_transformer_where_nothing_is_said():
+    assert RunConfig(DataConfig(shards="x")).model == AxialTransformerConfig()
+    assert composed().model == AxialTransformerConfig()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_says_which_kind_its_model_is(kind):
+    """By a schema in its defaults, which is an option like any other."""
+    assert composed(f"model={kind}_schema").model == KINDS[kind]()
 
 
 @pytest.mark.parametrize("experiment", [None, "reconstruct"])
