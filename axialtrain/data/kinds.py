@@ -1,0 +1,48 @@
+"""What a pixel is made of, and what its tiles are stored as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Raster = NDArray[Any]  # [h, w, bands] of one of DTYPES
+
+BANDS, DTYPE = 3, "uint8"  # where nothing else is said: RGB
+MAX_BANDS = 64
+DTYPES = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes of a number
+MAX_TILE_PIXELS_BYTES = 1 << 24  # of a decoded tile: 64 bands of float32 at 256 px
+_JPEG_BANDS = (1, 3)
+_PNG_MOST = 4  # bands: grey or RGB, alone or with one more
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of the pixels of an image. bands: 1 to MAX_BANDS. dtype: a key of DTYPES."""
+
+    bands: int = BANDS
+    dtype: str = DTYPE
+
+    def __str__(self) -> str:
+        return f"{self.bands} band{'s' * (self.bands > 1)} of {self.dtype}"
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype)
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.bands * DTYPES[self.dtype]
+
+    @property
+    def lossless(self) -> str:
+        """The encoding that keeps such pixels as they are: PNG where it can hold them."""
+        return "png" if self.bands <= _PNG_MOST and self.dtype != "float32" else "tif"
+
+    @property
+    def encodings(self) -> tuple[str, ...]:
+        """Those that a tile of such pixels may have."""
+        jpeg = self.dtype == "uint8" and self.bands in _JPEG_BANDS
+        return ("jpg", self.lossless) if jpeg else (self.lossless,)
