@@ -39,7 +39,7 @@ COLOURS = np.array(
     np.uint8,
 )
 GAP = 64  # px, between field and markers
-MIN_SIZE = 512  # px
+MIN_SIZE = 256  # px
 TILE = 256  # px, of the files
 _MIN_MARKER = 64  # px
 _NEUTRAL = 128  # grey of gap and corner
@@ -91,7 +91,7 @@ def draw_scenes(
 ) -> list[tuple[Path, Path, Path]]:
     """Draw scenes number first .. first+count-1 of `seed` into the folder `out`.
 
-    size: px, at least 512. bands: fewest and most row bands, and column bands, of a scene.
+    size: px, at least 256. bands: fewest and most row bands, and column bands, of a scene.
     Returns (image, labels, instances) of each: a pyramidal JPEG TIFF, a raster of uint8 labels and
     one of uint16 instances.
     """

@@ -24,6 +24,10 @@ from axialtrain.tasks.instances import CHUNK, SEGMENTS, VOID
 from axialtrain.tasks.objective import widened
 
 
+HEAT = 2.0**-12  # what counts as a difference of heat; that of a centre is 1
+MOST = 2**14  # steps of HEAT that are told apart: 4 times the heat of a centre
+
+
 @dataclass
 class MergeConfig:
     """How segments are read off the model's output.
@@ -97,11 +101,20 @@ def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) ->
     """The centres of each image, on all of its ranks: B times int64 [N, 2], y and x in px.
 
     heat: [B, h, w] of this rank's part of the pixels, under `place`. They come hottest first, of
-    equal heat from top to bottom, then from left to right; at most `config.centres`. A plateau of
-    heat has all of its pixels for centres, as published.
+    equal heat from top to bottom, then from left to right; at most `config.centres`.
+
+    Heats that differ by less than HEAT are equal, and of equal ones near each other the first is
+    the centre. As published, all pixels of a plateau are; where enlargement makes plateaus, at the
+    border, rounding would decide which those are, and that depends on the mesh.
     """
     reach = config.nms // 2
-    heat = heat.where(heat > config.threshold, 0)  # 0 also lies outside the image
+    steps = torch.where(heat > config.threshold, heat / HEAT, 0.0).double().round()
+    # One number that no two pixels share, and whole up to 2^53: first by heat, then by coordinates.
+    rect, area = place.rect, place.height * place.width
+    rows = torch.arange(rect.top, rect.bottom, device=heat.device)
+    cols = torch.arange(rect.left, rect.right, device=heat.device)
+    behind = area - 1 - (rows[:, None] * place.width + cols)
+    heat = torch.where(steps > 0, steps.clamp_max(MOST) * area + behind, 0.0)  # 0 outside, too
 
     def around(rect: Rect) -> Rect:
         return Rect(rect.top - reach, rect.bottom + reach, rect.left - reach, rect.right + reach)
@@ -111,7 +124,7 @@ def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) ->
     mine = []
     for values, peak in zip(heat, peaks, strict=True):
         row, col = peak.nonzero(as_tuple=True)  # from top to bottom, then from left to right
-        order = values[row, col].sort(descending=True, stable=True).indices[: config.centres]
+        order = values[row, col].argsort(descending=True)[: config.centres]
         row, col = row[order], col[order]
         y, x = row + place.rect.top, col + place.rect.left
         mine.append(list(zip((-values[row, col]).tolist(), y.tolist(), x.tolist(), strict=True)))

@@ -166,7 +166,7 @@ def test_ceiling_bounds_every_guess() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 511}, "size is 511, allowed is at least 512"),
+        ({"size": 255}, "size is 255, allowed is at least 256"),
         ({"size": 512, "bands": (5, 3)}, "bands is"),
         ({"size": 512, "seed": -1}, "seed, index is -1, 0"),
     ],
