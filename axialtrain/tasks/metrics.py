@@ -4,7 +4,7 @@ The only file that knows torchmetrics, which makes the figures of the sums. It d
 one image is spread over many ranks here, and torchmetrics' own matching of panoptic segments wants
 it whole, and took 23 s for each million pixels (measured, 2048 x 2048 px, one core). What it needs
 of an image are the areas that pairs of segments share. Those are counted by each rank in its own
-tile (0.1 s for a million pixels), and only the counts travel.
+tile (0.2 s for a million pixels), and only the counts travel.
 """
 
 from __future__ import annotations
