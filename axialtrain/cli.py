@@ -61,6 +61,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     shard.set_defaults(command=_shard)
 
+    verify = commands.add_parser(
+        "verify",
+        help="whether shards are whole: every byte, every checksum",
+        description="Ends with 0 where the shards are clean, 1 where there are faults, 2 where it "
+        "could not be run.",
+    )
+    verify.add_argument(
+        "shards", nargs="+", metavar="DIR|URL", help="several are the splits of one data set"
+    )
+    modes = verify.add_mutually_exclusive_group()
+    for mode, text in (
+        ("quick", "sizes, heads and the directory against the tar headers"),
+        ("full", "every byte and every checksum; the default"),
+        ("deep", "full, all decoded, and no group in several splits"),
+    ):
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
+    verify.add_argument("--jobs", type=int, help="shards at once, as many as there are cores")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write a record of the faults")
+    verify.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FOLDER",
+        help="move damaged shards there, and their images out of the manifest",
+    )
+    verify.set_defaults(command=_verify, mode="full")
+
     scene = commands.add_parser("scene", help="draw labelled scenes that need long range")
     scene.add_argument("--out", required=True, type=Path, metavar="DIR")
     scene.add_argument("--count", type=int, default=1)
@@ -145,6 +171,25 @@ def _shard(parsed: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.quarantine import check_quarantine, quarantine
+    from axialtrain.data.verify import verify
+
+    if parsed.json is not None and not parsed.json.absolute().parent.is_dir():
+        raise ValueError(f"json is {parsed.json}, allowed is a file in a folder that is there")
+    if parsed.quarantine is not None:
+        if len(parsed.shards) > 1:
+            raise ValueError("quarantine is for one folder of shards: verify one after the other")
+        check_quarantine(parsed.shards[0], parsed.quarantine)
+    report = verify(parsed.shards, mode=parsed.mode, jobs=parsed.jobs)
+    print(report)
+    if parsed.json is not None:
+        report.write(parsed.json)
+    if parsed.quarantine is not None and report.count:
+        print(quarantine(report.sets[0], parsed.quarantine))
+    return 1 if report.count else 0
 
 
 def _scene(parsed: argparse.Namespace) -> int:

@@ -36,3 +36,11 @@ def kind(info: tarfile.TarInfo) -> str:
     if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
         return f"a file of {info.size} bytes"
     return _KINDS.get(info.type, f"a member of type {info.type!r}")
+
+
+def is_sound(header: bytes) -> bool:
+    """Whether a header is the one that its fields make, in every byte.
+
+    Its own sum does not cover all of its bits: not the end of the sum, for one.
+    """
+    return parse_header(header).tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") == header

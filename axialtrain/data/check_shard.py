@@ -1,0 +1,306 @@
+"""All that can be wrong with one shard: every byte of it belongs to an image, and is as stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import google_crc32c
+
+from axialtrain.data.check_block import Largest, check_block, padded
+from axialtrain.data.codec import decode, jpeg_shape
+from axialtrain.data.faults import COPY, COPY_EITHER, MADE_SO, MAX_FAULTS, Faults
+from axialtrain.data.region import file_size, merge
+from axialtrain.data.store import (
+    MANIFEST,
+    TAR_RECORD,
+    BlockEntry,
+    Head,
+    ImageRow,
+    block_key,
+    head_key,
+)
+from axialtrain.data.tar import is_file, is_sound, kind, parse_header
+
+MAX_THUMBNAIL = 1 << 24  # bytes
+MAX_THUMBNAIL_SIDE = 4096  # px
+TAR_END = 2 * TAR_RECORD  # zero bytes at the end of an archive
+_STEP = 1 << 22  # bytes read at once where nothing belongs
+_HEADERS = 1024  # asked for at once
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of an image whose head is sound: what decides in which split it may be."""
+
+    name: str
+    group: str
+    source_sha256: str
+
+
+class ShardCheck:
+    """Checks the images of one shard, `rows` of the manifest; `run` adds to `faults`.
+
+    mode: as `verify` has it. size: bytes of the shard, known after `measure`. seen: its images.
+    """
+
+    def __init__(
+        self,
+        fs: fsspec.AbstractFileSystem,
+        root: str,
+        faults: Faults,
+        rows: list[ImageRow],
+        mode: str,
+    ) -> None:
+        self.faults = faults
+        self.size = 0
+        self.seen: list[Seen] = []
+        self._fs = fs
+        self._path = f"{root}/{faults.shard}"
+        self._rows = sorted(rows, key=lambda row: row.head_offset)
+        self._mode = mode
+        self._advance: Callable[[int], None] = _nothing
+        self._spans: list[tuple[int, int, str]] = []  # of whose bytes are known
+        self._unknown = 0  # images, or thumbnails, whose bytes are not known
+
+    def measure(self) -> int:
+        """The size of the shard; a fault, and 0, where it has none."""
+        try:
+            size = file_size(self._fs, self._path)
+            if size is None:
+                raise ValueError("its server does not tell its size, which reading needs")
+            self.size = size
+        except FileNotFoundError:
+            self.faults.add(f"{MANIFEST} names this shard, but it is not there")
+        except (OSError, ValueError) as error:
+            self._unreadable(error)
+        return self.size
+
+    def run(self, advance: Callable[[int], None]) -> None:
+        """Check what `measure` found.
+
+        advance: is called with the bytes that were dealt with; what it raises ends the check.
+        """
+        if self.faults.count:
+            return
+        self._advance = advance
+        try:
+            with self._fs.open(self._path, "rb", block_size=_STEP) as file:
+                for row in self._rows:
+                    self._image(row, file)
+                self._rest(file)
+        except OSError as error:
+            self._unreadable(error)
+
+    def _unreadable(self, error: Exception) -> None:
+        self.faults.add(
+            f"cannot be read ({str(error).removeprefix(f'{self._path}: ')})",
+            f"see that it can be read, and verify again; if it stays so, {COPY}",
+        )
+
+    def _image(self, row: ImageRow, file: Any) -> None:
+        head = self._head(row)
+        if head is None:
+            self._unknown += 1
+            return
+        self.seen.append(Seen(row.name, head.group, head.source_sha256))
+        entries = sorted(head.blocks, key=lambda entry: entry.offset)
+        runs = merge([(e.offset, e.offset + e.length) for e in entries], gap=0)
+        self._spans += [(start, stop, f"blocks of {row.name!r}") for start, stop in runs]
+        if self._mode == "quick":
+            for at in range(0, len(entries), _HEADERS):
+                self._first_headers(head, entries[at : at + _HEADERS])
+            return
+        largest = Largest() if self._mode == "deep" else None
+        before = self.faults.count
+        for entry in entries:
+            data = _read(file, entry.offset, entry.length)
+            check_block(data, head, entry, self.faults, largest)
+            self._advance(entry.length)
+        if largest is not None and self.faults.count == before:
+            self._check_largest(row, largest)
+
+    def _check_largest(self, row: ImageRow, largest: Largest) -> None:
+        for key, stored, found in (
+            ("classes", row.classes, largest.classes),
+            ("instances", row.instances, largest.instances),
+        ):
+            if stored is not None and stored != found:
+                self.faults.add(
+                    f"{key} is {stored} in {MANIFEST}, allowed is {found} as its rasters have it",
+                    MADE_SO,
+                    offset=row.head_offset,
+                    member=f"{head_key(row.name)}.json",
+                    image=row.name,
+                )
+
+    def _first_headers(self, head: Head, entries: list[BlockEntry]) -> None:
+        """Compare the directory with the tar: a block's first member is where it says."""
+        starts = [entry.offset for entry in entries]
+        stops = [start + TAR_RECORD for start in starts]
+        headers = self._fs.cat_ranges([self._path] * len(starts), starts, stops, on_error="raise")
+        for entry, header in zip(entries, headers, strict=True):
+            prefix = f"{block_key(head.name, head.level, entry.row, entry.col)}."
+            try:
+                info = parse_header(header)
+                if not info.name.startswith(prefix) or not is_file(info, entry.length - TAR_RECORD):
+                    raise ValueError(
+                        f"{kind(info)} of the name {info.name!r} stands there, allowed is a file "
+                        "of this block"
+                    )
+            except ValueError as error:
+                self.faults.add(
+                    str(error), offset=entry.offset, member=prefix[:-1], image=head.name
+                )
+
+    def _head(self, row: ImageRow) -> Head | None:
+        """The head of `row`; None, and a fault, where it is not as the manifest has it."""
+        start, stop = row.head_bytes
+        member = f"{head_key(row.name)}.json"
+
+        def wrong(what: str, at: int = row.head_offset, name: str = member) -> None:
+            self.faults.add(what, COPY_EITHER, offset=at, member=name, image=row.name)
+
+        if stop > self.size:
+            wrong(f"ends at byte {stop}, but the shard at byte {self.size}: it was cut short")
+            return None
+        data = self._fs.cat_file(self._path, start, stop)
+        header, body = data[:TAR_RECORD], data[TAR_RECORD:]
+        head = None
+        problem = _not(header, member, row.head_length)
+        if problem is not None:
+            wrong(problem, start)
+        if hashlib.sha256(body[: row.head_length]).hexdigest() != row.head_sha256:
+            wrong(f"is damaged (its SHA-256 is not the one in {MANIFEST})")
+        else:
+            try:
+                head = Head.from_json(body[: row.head_length], row, self.size, "head")
+            except ValueError as error:
+                wrong(str(error).removeprefix("head: "))
+        if self._mode != "quick" and body[row.head_length :].strip(b"\0"):
+            wrong("the padding behind it is not zero", row.head_offset + row.head_length)
+        if head is None:
+            return None
+        end = stop + self._thumbnail(row, head, stop)
+        self._spans.append((start, end, f"the head of {row.name!r}"))
+        self._advance(end - start)
+        return head
+
+    def _thumbnail(self, row: ImageRow, head: Head, start: int) -> int:
+        """How many bytes the thumbnail takes whose header stands at byte `start`."""
+        member = f"{head_key(row.name)}.thumbnail.jpg"
+
+        def wrong(what: str, at: int = start + TAR_RECORD, remedy: str = COPY) -> None:
+            self.faults.add(what, remedy, offset=at, member=member, image=row.name)
+
+        header = self._fs.cat_file(self._path, start, min(start + TAR_RECORD, self.size))
+        problem = _not(header, member, None)
+        if problem is not None:
+            wrong(problem, start)
+            self._unknown += 1
+            return 0
+        size = parse_header(header).size
+        stop = start + TAR_RECORD + padded(size)
+        if size > MAX_THUMBNAIL or stop > self.size:
+            wrong(
+                f"has {size} bytes, allowed is {MAX_THUMBNAIL}, and up to the end of the shard",
+                start,
+            )
+            self._unknown += 1
+            return 0
+        if self._mode != "quick":
+            data = self._fs.cat_file(self._path, start + TAR_RECORD, stop)
+            if data[size:].strip(b"\0"):
+                wrong("the padding behind it is not zero", start + TAR_RECORD + size)
+            data = data[:size]
+            stored = head.thumbnail_crc32c
+            if stored is not None and google_crc32c.value(data) != stored:
+                wrong("is damaged (its CRC-32C is not the stored one)")
+            else:
+                try:
+                    _check_thumbnail(data, whole=self._mode == "deep")
+                except ValueError as error:
+                    wrong(str(error), remedy=MADE_SO if stored is not None else COPY)
+        return stop - start
+
+    def _rest(self, file: Any) -> None:
+        """What belongs to no image: nothing but the end of the archive."""
+        at = 0
+        for start, stop, name in sorted(self._spans):
+            if start < at:
+                self.faults.add(
+                    f"{name} start at byte {start}, inside what belongs to another image",
+                    COPY_EITHER,
+                    offset=start,
+                )
+            elif start > at and not self._unknown:
+                self._strangers(file, at, start)
+            at = max(at, stop)
+        if self._unknown:
+            end = _read(file, max(self.size - TAR_END, 0), TAR_END)
+        else:
+            end = _read(file, at, TAR_END)
+            if self.size > at + TAR_END:
+                self._strangers(file, at + TAR_END, self.size)
+        if len(end) < TAR_END or end.strip(b"\0"):
+            self.faults.add(
+                f"the end of the archive, {TAR_END} zero bytes, is not there",
+                offset=max(self.size - TAR_END, 0) if self._unknown else at,
+            )
+
+    def _strangers(self, file: Any, start: int, stop: int) -> None:
+        """One fault for each member in bytes that belong to no image; one where there is none."""
+        at = start
+        for _ in range(MAX_FAULTS):
+            if at >= stop:
+                return
+            try:
+                info = parse_header(_read(file, at, TAR_RECORD))
+            except ValueError:
+                self.faults.add(
+                    f"{stop - at} bytes belong to no image in {MANIFEST}", COPY_EITHER, offset=at
+                )
+                return
+            self.faults.add(
+                f"{kind(info)} that belongs to no image in {MANIFEST}",
+                COPY_EITHER,
+                offset=at,
+                member=info.name,
+            )
+            at += TAR_RECORD + padded(max(info.size, 0))
+
+
+def _nothing(done: int) -> None:
+    pass
+
+
+def _read(file: Any, start: int, size: int) -> bytes:
+    """Up to `size` bytes from `start`; fewer where the file ends."""
+    file.seek(start)
+    return bytes(file.read(size))
+
+
+def _not(header: bytes, member: str, size: int | None) -> str | None:
+    """Why `header` is not that of the file `member` of `size` bytes; None where it is."""
+    try:
+        info = parse_header(header)
+    except ValueError as error:
+        return str(error)
+    if info.name != member or not is_file(info, MAX_THUMBNAIL if size is None else size):
+        return f"{kind(info)} of the name {info.name!r} stands there"
+    if size is not None and info.size != size:
+        return f"has {info.size} bytes, allowed are the {size} in {MANIFEST}"
+    if not is_sound(header):
+        return "its tar header is damaged"
+    return None
+
+
+def _check_thumbnail(data: bytes, *, whole: bool) -> None:
+    height, width, bands = jpeg_shape(data)
+    if max(height, width) > MAX_THUMBNAIL_SIDE or min(height, width) < 1:
+        raise ValueError(f"is {height} x {width} px, allowed is 1 to {MAX_THUMBNAIL_SIDE}")
+    if whole:
+        decode(data, (height, width, bands))
