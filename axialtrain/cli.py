@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    shard = commands.add_parser("shard", help="turn tiled TIFF and SVS images into shards")
+    shard = commands.add_parser("shard", help="turn images of any size into shards")
     shard.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
     shard.add_argument("--out", required=True, type=Path, metavar="DIR")
     shard.add_argument(
@@ -58,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="CLASS",
         help="a class, 0 to 65535, for each whole image, in the same order",
+    )
+    shard.add_argument(
+        "--reader",
+        default="auto",
+        choices=["auto", "tifffile", "openslide", "rasterio", "zarr", "image"],
+        help="what reads the images; auto chooses for each, and says why",
     )
     shard.set_defaults(command=_shard)
 
@@ -161,15 +168,18 @@ def _parser() -> argparse.ArgumentParser:
 def _shard(parsed: argparse.Namespace) -> int:
     from axialtrain.data.shard import shard_images
 
-    print(
-        shard_images(
-            parsed.images,
-            parsed.out,
-            labels=parsed.labels,
-            instances=parsed.instances,
-            image_labels=parsed.image_labels,
-        )
+    summary = shard_images(
+        parsed.images,
+        parsed.out,
+        labels=parsed.labels,
+        instances=parsed.instances,
+        image_labels=parsed.image_labels,
+        reader=parsed.reader,
     )
+    print(summary)
+    chosen = Counter((reader, why) for _, reader, why in summary.readers)
+    for (reader, why), count in chosen.items():
+        print(f"{count} read with {reader}: {why}")
     return 0
 
 

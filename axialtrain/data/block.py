@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.codec import Instances, Pixels, decode, decode_instances
+from axialtrain.data.kinds import Raster
 from axialtrain.data.store import (
     INSTANCES,
     LABELS,
     MANIFEST,
+    MASK,
     TAR_RECORD,
     BlockEntry,
     BlockIndex,
@@ -82,14 +86,26 @@ class Block:
             if not part.empty:
                 yield tile, whole, part
 
-    def paint_pixels(self, pixels: Pixels, present: NDArray[np.bool_], rect: Rect) -> int:
-        """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were."""
+    @cached_property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Which of the block's pixels are there, [h, w]; None: all those of its tiles."""
+        if self.index.mask_crc32c is None:
+            return None
+        with self._member(MASK) as data:
+            return decode_mask(data, self._rect)
+
+    def paint_pixels(self, pixels: Raster, present: NDArray[np.bool_], rect: Rect) -> int:
+        """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were.
+
+        Both are zeros. What a mask leaves out stays so.
+        """
         count = 0
         for tile, whole, part in self.tiles(rect):
             with self._member(tile.member) as data:
                 decoded = decode_tile(data, self.head)
-            pixels[part.slices(rect)] = decoded[part.slices(whole)]
-            present[part.slices(rect)] = True
+            here = part.slices(rect)
+            present[here] = True if self.mask is None else self.mask[part.slices(self._rect)]
+            np.copyto(pixels[here], decoded[part.slices(whole)], where=present[here][..., None])
             count += 1
         return count
 
@@ -97,29 +113,31 @@ class Block:
         """Copy the labels that `rect` meets into `labels`; an absent tile has none."""
         if self.head.classes is None:
             return
-        block = self.head.block_rect(self.index.row, self.index.col)
         with self._member(LABELS) as data:
-            raster = decode_labels(data, self.head, block)
-        for _, _, part in self.tiles(rect):
-            labels[part.slices(rect)] = raster[part.slices(block)]
+            self._copy(decode_labels(data, self.head, self._rect), labels, rect)
 
     def paint_instances(self, instances: Instances, rect: Rect) -> None:
         """Copy the instances that `rect` meets into `instances`; an absent tile has none."""
         if self.head.instances is None:
             return
-        block = self.head.block_rect(self.index.row, self.index.col)
         with self._member(INSTANCES) as data:
-            raster = decode_numbers(data, self.head, block)
+            self._copy(decode_numbers(data, self.head, self._rect), instances, rect)
+
+    @property
+    def _rect(self) -> Rect:
+        return self.head.block_rect(self.index.row, self.index.col)
+
+    def _copy(self, raster: NDArray[Any], out: NDArray[Any], rect: Rect) -> None:
+        """What `rect` meets of the block's `raster` into `out`, where there are pixels."""
         for _, _, part in self.tiles(rect):
-            instances[part.slices(rect)] = raster[part.slices(block)]
+            here = part.slices(self._rect)
+            there: NDArray[np.bool_] | bool = True if self.mask is None else self.mask[here]
+            np.copyto(out[part.slices(rect)], raster[here], where=there)
 
     def _damaged(self) -> str | None:
         """Where the first member is whose CRC-32C is not the one in the index."""
         stored = {tile.member: tile.crc32c for tile in self.index.tiles}
-        if self.index.labels_crc32c is not None:
-            stored[LABELS] = self.index.labels_crc32c
-        if self.index.instances_crc32c is not None:
-            stored[INSTANCES] = self.index.instances_crc32c
+        stored |= self.index.rasters
         for name, member in self.members.items():
             if name in stored and google_crc32c.value(bytes(member.data)) != stored[name]:
                 return self._where(name)
@@ -141,9 +159,20 @@ class Block:
         return f"{self.path}: byte {self.members[name].offset}: member {key}.{name}"
 
 
-def decode_tile(data: bytes, head: Head) -> Pixels:
-    """A tile of the image of `head`, uint8 [tile, tile, 3]."""
-    return decode(data, (head.tile, head.tile, 3))
+def decode_tile(data: bytes, head: Head) -> Raster:
+    """A tile of the image of `head`, [tile, tile, bands] of its dtype."""
+    pixels = decode(data, (head.tile, head.tile, head.bands), head.dtype)
+    if head.dtype == "float32" and not np.isfinite(pixels).all():
+        raise ValueError("holds numbers that are not finite")
+    return pixels
+
+
+def decode_mask(data: bytes, block: Rect) -> NDArray[np.bool_]:
+    """The mask of the block that covers `block` (px), [h, w]."""
+    mask = decode(data, (block.height, block.width, 1))[..., 0]
+    if not np.isin(mask, (0, 255)).all():
+        raise ValueError("holds other values than 0 and 255")
+    return mask == 255
 
 
 def decode_labels(data: bytes, head: Head, block: Rect) -> Pixels:

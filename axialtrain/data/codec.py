@@ -14,8 +14,8 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.kinds import DTYPE, Kind, Raster
-from axialtrain.data.tile_tiff import TIFF, decode_tiff, encode_tiff
+from axialtrain.data.kinds import DTYPE, Raster
+from axialtrain.data.tile_tiff import TIFF, decode_tiff
 
 Pixels = NDArray[np.uint8]
 Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
@@ -77,13 +77,6 @@ def _decoded(
     return pixels.reshape(shape)
 
 
-def encode(pixels: Raster) -> bytes:
-    """`pixels` [h, w, bands] without loss, as `Kind.lossless` says: PNG where it can hold them."""
-    if Kind(pixels.shape[2], pixels.dtype.name).lossless == "png":
-        return encode_png(pixels)
-    return encode_tiff(pixels)
-
-
 def encode_png(pixels: Raster) -> bytes:
     """`pixels` [h, w] or [h, w, 1 to 4] of 8 or 16 bits, without loss.
 
@@ -110,15 +103,15 @@ def png_shape(
 
     colours: PNG's colour types that are let in, and their bands.
     """
-    colour = data[25] if png_bits(data) == bits else None
-    if bits not in _BITS.values() or colour not in colours:
+    depth = png_bits(data)
+    if depth != bits or bits not in _BITS.values() or data[25] not in colours:
         words = "grey" if colours is _GREY else "grey or RGB, with or without opacity"
         raise ValueError(
-            f"is a PNG of {data[24]} bits and colour type {data[25]}, not "
+            f"is a PNG of {depth} bits and colour type {data[25]}, not "
             f"{16 if bits == 16 else 8}-bit {words}"
         )
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    return height, width, colours[colour]
+    return height, width, colours[data[25]]
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axialtrain.data.checked import shown
-from axialtrain.data.store import BANDS
+from axialtrain.data.kinds import MAX_BANDS
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
 
@@ -20,8 +20,9 @@ class DataConfig:
 
     shards, validation: folders of shards; validation is None where there is none.
     window: [height, width] in px of what is one sample, None for whole images.
-    mean, std: of the normalisation, in units of the full range 0..1: one number, or a list of one
-    for each of the 3 bands (Any, as OmegaConf knows no such union; floats after construction).
+    mean, std: of the normalisation, in units of the full range 0..1, of float32 images in their
+    own: one number, or a list of one for each band (Any, as OmegaConf knows no such union; floats
+    after construction). `Loader`, which knows the shards, holds them to their bands and range.
     prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
     """
 
@@ -41,8 +42,10 @@ class DataConfig:
                 f"data.window is {list(self.window)}, allowed is [height, width] in px, each at "
                 f"least 1, or null for whole images"
             )
-        self.mean = _per_band("mean", self.mean, 0, 1, "from 0 to 1")
-        self.std = _per_band("std", self.std, math.ulp(0), sys.float_info.max, "of more than 0")
+        most = sys.float_info.max
+        allowed = "from 0 to 1 (of float32 images, any)"
+        self.mean = _per_band("mean", self.mean, -most, most, allowed)
+        self.std = _per_band("std", self.std, math.ulp(0), most, "of more than 0")
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
         if self.workers < 1:
@@ -53,13 +56,13 @@ def _per_band(key: str, value: Any, low: float, high: float, allowed: str) -> Pe
     """`value` of data.`key` in floats, each within low..high, which `allowed` puts into words."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     numbers = list(value) if several else [value]
-    if len(numbers) != (BANDS if several else 1) or not all(
+    if not 1 <= len(numbers) <= MAX_BANDS or not all(
         isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
         for number in numbers
     ):
         raise ValueError(
             f"data.{key} is {shown(numbers if several else value)}, allowed is a number {allowed}, "
-            f"or a list of {BANDS} of them, one for each band"
+            "or a list of them, one for each band"
         )
     floats = [float(number) for number in numbers]
     return floats if several else floats[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from axialtrain.data.checked import shown
-from axialtrain.data.readers import Reader, open_image, open_instances
+from axialtrain.data.readers import Reader, open_image, open_raster
 from axialtrain.data.store import (
     MAX_BLOCKS,
     MAX_LABEL,
@@ -25,7 +25,7 @@ class Input:
     """An image that has been checked, and what it is stored as.
 
     labels, instances: paths of its rasters. label: the class of the whole image. level: of its
-    pyramid. blocks: how many it makes.
+    pyramid. blocks: how many it makes. reader, why: which one reads it, and how that was chosen.
     """
 
     name: str
@@ -35,6 +35,8 @@ class Input:
     label: int | None
     level: int
     blocks: int
+    reader: str
+    why: str
 
 
 def check_inputs(
@@ -43,6 +45,7 @@ def check_inputs(
     instances: Sequence[str | Path] | None,
     image_labels: Sequence[int] | None,
     level: int,
+    reader: str,
 ) -> list[Input]:
     """Open every input once, so that what is wrong with the last is said before the first.
 
@@ -80,25 +83,31 @@ def check_inputs(
                 f"{image}: its name in the shards has {len(name)} characters, allowed with "
                 f"instances is {MAX_NAME_WITH_INSTANCES}"
             )
-        with open_image(image, level) as reader:
-            if reader.bands != 3:
-                raise ValueError(f"{image}: has {reader.bands} band, allowed is 3 (RGB)")
-            rows, cols = block_grid(reader.height, reader.width, reader.tile)
+        with open_image(image, level, reader) as opened:
+            rows, cols = block_grid(opened.height, opened.width, opened.tile)
             if rows * cols > MAX_BLOCKS:
                 raise ValueError(f"{image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
             if label_raster is not None:
-                with open_image(label_raster) as raster:
-                    _check_raster(raster, reader, "labels")
+                with open_raster(label_raster) as raster:
+                    _check_raster(raster, opened, "labels")
             if instance_raster is not None:
-                with open_instances(instance_raster) as raster:
-                    _check_raster(raster, reader, "instances")
+                with open_raster(instance_raster) as raster:
+                    _check_raster(raster, opened, "instances")
                     if raster.jpeg:
                         raise ValueError(
                             f"{instance_raster}: its compression is JPEG, allowed for instances "
                             "is one without loss"
                         )
         inputs[name] = Input(
-            name, Path(image), label_raster, instance_raster, label, level, rows * cols
+            name,
+            Path(image),
+            label_raster,
+            instance_raster,
+            label,
+            level,
+            rows * cols,
+            opened.name,
+            opened.why,
         )
     return list(inputs.values())
 
@@ -118,6 +127,12 @@ def _check_image_labels(labels: Sequence[int], images: int) -> None:
 
 
 def _check_raster(raster: Reader, image: Reader, kind: str) -> None:
+    allowed = {"labels": ("uint8",), "instances": ("uint8", "uint16")}[kind]
+    if raster.dtype not in allowed:
+        raise ValueError(
+            f"{raster.path}: its pixels are {raster.dtype}, allowed is {' or '.join(allowed)} "
+            f"for {kind}"
+        )
     if raster.bands != 1:
         raise ValueError(f"{raster.path}: has {raster.bands} bands, allowed for {kind} is 1")
     if (raster.height, raster.width) != (image.height, image.width):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from axialtrain.data.checked import Record
 
 Raster = NDArray[Any]  # [h, w, bands] of one of DTYPES
 
@@ -14,6 +17,7 @@ BANDS, DTYPE = 3, "uint8"  # where nothing else is said: RGB
 MAX_BANDS = 64
 DTYPES = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes of a number
 MAX_TILE_PIXELS_BYTES = 1 << 24  # of a decoded tile: 64 bands of float32 at 256 px
+_DTYPE = re.compile("|".join(DTYPES))
 _JPEG_BANDS = (1, 3)
 _PNG_MOST = 4  # bands: grey or RGB, alone or with one more
 
@@ -24,6 +28,16 @@ class Kind:
 
     bands: int = BANDS
     dtype: str = DTYPE
+
+    @staticmethod
+    def from_record(record: Record) -> Kind:
+        """Of its `bands` and `dtype`, which are absent where they are RGB of 8 bits."""
+        bands, dtype = BANDS, DTYPE
+        if "bands" in record.values:
+            bands = record.integer("bands", 1, MAX_BANDS)
+        if "dtype" in record.values:
+            dtype = record.text("dtype", _DTYPE, f"one of {', '.join(DTYPES)}")
+        return Kind(bands, dtype)
 
     def __str__(self) -> str:
         return f"{self.bands} band{'s' * (self.bands > 1)} of {self.dtype}"

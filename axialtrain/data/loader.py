@@ -17,18 +17,16 @@ from itertools import islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from axialtrain.data.codec import Pixels
 from axialtrain.data.config import DataConfig
+from axialtrain.data.normalise import Normalise
 from axialtrain.data.order import Order, OrderState
 from axialtrain.data.region import Shards
-from axialtrain.data.store import BANDS, UNLABELLED, ImageRow
+from axialtrain.data.store import UNLABELLED, ImageRow
 from axialtrain.grid import Place, Rect, tokens_across
 
 MAX_WINDOWS = 10_000_000  # a list of them takes some 3 GB
-_PIXEL_BYTES = BANDS * 4 + 1  # of Batch.pixels and Batch.present
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Window:
 class Batch:
     """One micro-batch on one rank, B samples; p is the patch, h and w are this rank's tokens.
 
-    pixels: float32 [B, h*p, w*p, 3], normalised, 0 where missing.
+    pixels: float32 [B, h*p, w*p, bands], normalised, 0 where missing.
     labels: uint8 [B, h*p, w*p], 255 where there is no target or no pixel; None without labels.
     present: bool [B, h*p, w*p], where there is a pixel.
     valid: bool [B, h, w], whether a token has any present pixel.
@@ -163,8 +161,9 @@ class Loader:
     batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
 
     accumulation: micro-batches of one optimizer step. bytes_read, tiles_decoded: for the batches
-    that were handed out. ValueError, alike on all ranks, if the windows are too many, if any one's
-    grid is smaller than the mesh, or if what a rank holds of them is more than a machine's memory.
+    that were handed out. ValueError, alike on all ranks, if the images are not of one kind of
+    pixels, or mean and std not for that kind; if the windows are too many, if any one's grid is
+    smaller than the mesh, or if what a rank holds of them is more than a machine's memory.
     """
 
     def __init__(
@@ -200,6 +199,7 @@ class Loader:
         self.batch = batch
         self.micro_batch = micro_batch
         self.accumulation = -(-batch // (micro_batch * data_ranks))
+        self._normalise = Normalise(shards.kind, config.mean, config.std)
         self.windows = cut_windows(shards.images, config.window)
         self.order = Order(len(self.windows), seed)
         self.bytes_read = 0
@@ -268,7 +268,9 @@ class Loader:
         pixels = tokens * self.patch**2 * self.micro_batch
         # Besides those that are read ahead, one is being read and one is the consumer's.
         count = self.config.prefetch + 2
-        of_pixel = _PIXEL_BYTES + self.shards.has_labels + 4 * self.shards.has_instances
+        of_pixel = (
+            self.shards.bands * 4 + 1 + self.shards.has_labels + 4 * self.shards.has_instances
+        )
         held = count * pixels * of_pixel
         if held > memory_bytes():
             size = "null" if self.config.window is None else str(list(self.config.window))
@@ -329,7 +331,7 @@ class Loader:
         place = self._place([slot.window for slot in slots])
         mine = place.rect.scaled(self.patch)  # px, from the window's corner
         size = (len(slots), mine.height, mine.width)
-        pixels = np.zeros((*size, BANDS), np.float32)
+        pixels = np.zeros((*size, self.shards.bands), np.float32)
         labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
         instances = np.zeros(size, np.int32) if self.shards.has_instances else None
         present = np.zeros(size, np.bool_)
@@ -369,16 +371,3 @@ class Loader:
             return None
         labels = [self.shards.row(slot.window.name).label for slot in slots]
         return torch.tensor(labels, dtype=torch.int64)
-
-    def _normalise(self, pixels: Pixels, present: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """uint8 [h, w, 3] to float32 of mean 0 and deviation 1, if config says so; missing is 0."""
-        mean, std = np.atleast_1d(self.config.mean), np.atleast_1d(self.config.std)
-        tables = ((np.arange(256) / 255 - mean[:, None]) / std[:, None]).astype(np.float32)
-        if len(tables) == 1:  # one for all bands, which is looked up in one go
-            values: NDArray[np.float32] = tables[0][pixels]
-        else:
-            values = np.empty(pixels.shape, np.float32)
-            for band, table in enumerate(tables):
-                values[..., band] = table[pixels[..., band]]
-        values[~present] = 0
-        return values

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from axialtrain.data.block import Block
 from axialtrain.data.codec import Instances, Pixels
+from axialtrain.data.kinds import Kind, Raster
 from axialtrain.data.readers import tiles_of
 from axialtrain.data.store import (
     BLOCK,
@@ -36,13 +37,14 @@ HEADS = 256  # heads kept in memory; a large slide's takes about 1 MB
 class Region:
     """A rectangle of an image.
 
-    pixels: uint8 [h, w, 3], 0 where missing. labels: uint8 [h, w], 255 where missing or no target;
-    None where the image has none. instances: uint16 [h, w], 0 where missing or none; None where the
-    image has no raster of them. present: bool [h, w], false outside the image and in tiles that its
-    source leaves out. bytes_read, tiles_decoded: what it took.
+    pixels: [h, w, bands] of the image's dtype, 0 where missing. labels: uint8 [h, w], 255 where
+    missing or no target; None where the image has none. instances: uint16 [h, w], 0 where missing
+    or none; None where the image has no raster of them. present: bool [h, w], false outside the
+    image, in tiles that its source leaves out, and in pixels that hold no data. bytes_read,
+    tiles_decoded: what it took.
     """
 
-    pixels: Pixels
+    pixels: Raster
     labels: Pixels | None
     instances: Instances | None
     present: NDArray[np.bool_]
@@ -122,6 +124,28 @@ class Shards:
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
 
+    @property
+    def kind(self) -> Kind:
+        """Of all images' pixels; ValueError, naming two, where they are not of one kind."""
+        first = self.images[0]
+        for row in self.images:
+            if row.kind != first.kind:
+                raise ValueError(
+                    f"{self._root}/{MANIFEST}: image {row.name!r} has {row.kind} and "
+                    f"{first.name!r} {first.kind}, allowed is one kind for all images of a set"
+                )
+        return first.kind
+
+    @property
+    def bands(self) -> int:
+        """Of every image; ValueError as `kind` has it."""
+        return self.kind.bands
+
+    @property
+    def dtype(self) -> str:
+        """Of every image: uint8, uint16 or float32; ValueError as `kind` has it."""
+        return self.kind.dtype
+
     def row(self, name: str) -> ImageRow:
         """The manifest's row of the image `name`."""
         if name not in self._rows:
@@ -153,8 +177,11 @@ class Shards:
             self._heads[name] = head
         return head
 
-    def read(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
-        """Pixels of height x width px from (y, x), uint8 [height, width, 3]; 0 where missing."""
+    def read(self, name: str, y: int, x: int, height: int, width: int) -> Raster:
+        """Pixels of height x width px from (y, x), [height, width, bands]; 0 where missing.
+
+        As they are stored: uint8, uint16 or float32.
+        """
         return self._region(name, Rect(y, y + height, x, x + width), rasters=False).pixels
 
     def read_labels(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
@@ -196,7 +223,7 @@ class Shards:
         _check_rect(rect)
         head = self.head(name)
         size = (rect.height, rect.width)
-        pixels = np.zeros((*size, 3), np.uint8)
+        pixels = np.zeros((*size, head.bands), head.kind.numpy)
         present = np.zeros(size, np.bool_)
         labels = instances = None
         if rasters and head.classes is not None:

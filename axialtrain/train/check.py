@@ -9,7 +9,6 @@ import torch
 
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
-from axialtrain.data.store import BANDS
 from axialtrain.models.registry import build_backbone
 from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.panoptic import Panoptic, PanopticConfig
@@ -79,8 +78,6 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     _check_writable("hydra.run.dir", folder)
     if config.checkpoint.folder is not None:
         _check_checkpoints(config)
-    if config.model.bands != BANDS:
-        raise ValueError(f"model.bands={config.model.bands}: the shards hold {BANDS} bands")
     config.model.check_mesh(config.mesh)
     task = task_of(config)
     with torch.device("meta"):
@@ -94,6 +91,11 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     shards_of = data_of(config)
     for key, shards in shards_of.items():
         url = getattr(config.data, key.removeprefix("data."))
+        if config.model.bands != shards.bands:
+            raise ValueError(
+                f"model.bands={config.model.bands}: the shards hold {shards.bands} bands "
+                f"({key}={url})"
+            )
         if task.image_classes is not None:
             if not shards.has_image_labels:
                 raise ValueError(

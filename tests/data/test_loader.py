@@ -493,22 +493,17 @@ def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
         ("shards", ""),
         ("window", [1]),
         ("window", [0, 5]),
-        ("mean", 1.5),
         ("mean", True),
         ("mean", None),
         ("mean", "0.5"),
         ("mean", float("nan")),
         ("mean", []),
-        ("mean", [0.5]),
-        ("mean", [0.5] * 4),
-        ("mean", [0.5, 0.5, -0.1]),
         ("mean", [0.5, 0.5, False]),
         ("mean", [0.5, 0.5, [0.5]]),
         ("mean", {"red": 0.5}),
         ("std", 0.0),
         ("std", float("inf")),
         ("std", 10**400),
-        ("std", [0.2, 0.2]),
         ("std", [0.2, 0.2, 0]),
         ("std", [0.2, 0.2, float("nan")]),
         ("prefetch", -1),
@@ -518,6 +513,23 @@ def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
 def test_wrong_config_is_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is"):
         DataConfig(**{"shards": "x", key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", 1.5),
+        ("mean", [0.5]),
+        ("mean", [0.5] * 4),
+        ("mean", [0.5, 0.5, -0.1]),
+        ("std", [0.2, 0.2]),
+    ],
+)
+def test_normalisation_must_be_that_of_the_shards_bands(
+    source: Source, key: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is .*3 bands of uint8$"):
+        loader(source, [64, 64], config={key: value})
 
 
 def test_normalisation_comes_from_yaml_and_command_line() -> None:

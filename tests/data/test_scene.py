@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from axialtrain.data.readers import open_image, open_instances
+from axialtrain.data.readers import open_image, open_raster
 from axialtrain.data.scene import (
     CLASSES,
     COLOURS,
@@ -137,8 +137,8 @@ def test_files_hold_the_scene(tmp_path: Path) -> None:
         error = np.abs(image.read(whole).astype(int) - scene.pixels)
         assert error.mean() < 10
         np.testing.assert_array_equal(labels.read(whole)[..., 0], scene.labels)
-    with open_instances(paths[0][2]) as instances:
-        np.testing.assert_array_equal(instances.read_instances(whole), scene.instances)
+    with open_raster(paths[0][2]) as instances:
+        np.testing.assert_array_equal(instances.read(whole)[..., 0], scene.instances)
     with tifffile.TiffFile(paths[0][0]) as tiff:
         assert [level.shape[0] for level in tiff.series[0].levels] == [700, 350, 175]
     again = draw_scenes(tmp_path / "again", count=1, size=700, seed=3, first=5)

@@ -1,0 +1,54 @@
+"""Pixels as they are stored to the numbers that a model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axialtrain.data.checked import shown
+from axialtrain.data.config import PerBand
+from axialtrain.data.kinds import Kind, Raster
+
+_FULL = {"uint8": 255, "uint16": 65535}  # what becomes 1; float32 is taken as it is
+
+
+class Normalise:
+    """Pixels of one kind to float32 of mean 0 and deviation 1, if mean and std say so.
+
+    ValueError if there is not one number for all bands, or one for each; or if a mean is outside
+    0..1, the full range of pixels of 8 and 16 bits.
+    """
+
+    def __init__(self, kind: Kind, mean: PerBand, std: PerBand) -> None:
+        self.kind = kind
+        integers = kind.dtype in _FULL
+        for key, value in (("mean", mean), ("std", std)):
+            several = isinstance(value, Sequence)
+            numbers = list(value) if isinstance(value, Sequence) else [value]
+            outside = key == "mean" and integers and not all(0 <= n <= 1 for n in numbers)
+            if len(numbers) != (kind.bands if several else 1) or outside:
+                allowed = "number from 0 to 1" if key == "mean" and integers else "number"
+                raise ValueError(
+                    f"data.{key} is {shown(value)}, allowed is a {allowed}, or a list of "
+                    f"{kind.bands} of them, one for each band of images that have {kind}"
+                )
+        self._mean, self._std = np.atleast_1d(mean), np.atleast_1d(std)
+        if integers:  # by table, which is fast
+            values = np.arange(_FULL[kind.dtype] + 1) / _FULL[kind.dtype]
+            tables = (values - self._mean[:, None]) / self._std[:, None]
+            self._tables = tables.astype(np.float32)
+
+    def __call__(self, pixels: Raster, present: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """`pixels` [h, w, bands] to float32 of the same shape; 0 where not `present` [h, w]."""
+        if self.kind.dtype not in _FULL:
+            values: NDArray[np.float32] = ((pixels - self._mean) / self._std).astype(np.float32)
+        elif len(self._tables) == 1:  # one for all bands, which is looked up in one go
+            values = self._tables[0][pixels]
+        else:
+            values = np.empty(pixels.shape, np.float32)
+            for band, table in enumerate(self._tables):
+                values[..., band] = table[pixels[..., band]]
+        values[~present] = 0
+        return values

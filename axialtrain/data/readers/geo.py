@@ -1,0 +1,164 @@
+"""Rasters of any layout over rasterio (GDAL): strips, separate planes, nodata, other formats.
+
+The only file that knows rasterio. Only formats that are one file with its pixels in it are opened:
+others (VRT, WMS...) can name further files and addresses. What lies beside the file is not read.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from axialtrain.data.georeference import checked
+from axialtrain.data.readers.reader import (
+    TILE,
+    Info,
+    Tile,
+    Unfit,
+    check_level,
+    check_size,
+    fits_a_tile,
+    kind_of,
+    padded,
+    window_of,
+)
+
+# What a file must begin with for one of GDAL's drivers to be given it.
+DRIVERS = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
+    b"EHFA_HEADER_TAG": "HFA",
+}
+_CACHE = 1 << 26  # bytes, of decoded blocks: a strip that many tiles share is decoded once
+_MAX_BLOCK = 1 << 28  # bytes that one block of the file may take in memory
+_ERRORS = (RasterioError, OSError, ValueError, RuntimeError, MemoryError, LookupError)
+
+logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what it logs, it also raises
+
+
+class GeoSource:
+    """A level of a raster."""
+
+    def __init__(self, path: Path, level: int, *, indices: bool) -> None:
+        """indices: whether a palette's indices are what is wanted, and not its colours."""
+        self._path = path
+        driver = _driver(path)
+        try:
+            with _gdal(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                with rasterio.open(path, driver=driver) as base:
+                    factors = list(base.overviews(1)) if base.count else []
+                    size = (base.height, base.width)
+                check_level(path, level, 1 + len(factors))
+                overview = {} if level == 0 else {"overview_level": level - 1}
+                self._file = rasterio.open(path, driver=driver, **overview)
+        except _ERRORS as error:
+            if isinstance(error, ValueError) and str(error).startswith(str(path)):
+                raise
+            raise ValueError(
+                f"{path}: not a raster that can be read ({_one_line(error)})"
+            ) from error
+        try:
+            self.info = self._info(size, 1 + len(factors), indices)
+        except ValueError:
+            self._file.close()
+            raise
+
+    def _info(self, base: tuple[int, int], levels: int, indices: bool) -> Info:
+        file, path = self._file, self._path
+        check_size(path, file.height, file.width)
+        if file.subdatasets or file.count == 0:
+            raise ValueError(f"{path}: holds several images, allowed is one")
+        self._alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
+        dtypes = set(file.dtypes)
+        dtype = np.dtype(next(iter(dtypes))) if len(dtypes) == 1 else None
+        kind = kind_of(path, file.count - self._alpha, dtype)
+        if file.colorinterp[0] == ColorInterp.palette and not indices:
+            raise Unfit(path, "its colours are a palette's", "convert it with `gdal_translate`")
+        whole = file.interleaving is not None and file.interleaving.value == "PIXEL"
+        for height, width in file.block_shapes:
+            taken = height * width * kind.pixel_bytes if whole else height * width * 4
+            if taken > _MAX_BLOCK:
+                raise ValueError(f"{path}: its blocks are {height} x {width} px, which is too much")
+        height, width = file.block_shapes[0]
+        side = height if height == width and fits_a_tile(height, kind) else TILE
+        flags = {flag for band in file.mask_flag_enums for flag in band}
+        self._masked = bool(flags - {MaskFlags.all_valid})
+        transform = None if file.transform.is_identity else tuple(file.transform)[:6]
+        crs, transform = checked(_crs(file), transform)
+        return Info(
+            height=file.height,
+            width=file.width,
+            kind=kind,
+            tile=side,
+            downsample=max(base) / max(file.height, file.width),
+            levels=levels,
+            masked=self._masked or kind.dtype == "float32",
+            crs=crs,
+            transform=transform,
+        )
+
+    def tile(self, row: int, col: int) -> Tile | None:
+        rect = window_of(self.info, row, col)
+        window = Window(rect.left, rect.top, rect.width, rect.height)
+        bands = list(range(1, self.info.kind.bands + 1))
+        try:
+            with _gdal():
+                pixels = self._file.read(bands, window=window)
+                mask = self._file.dataset_mask(window=window) if self._masked else None
+        except _ERRORS as error:
+            raise ValueError(
+                f"{self._path}: tile row={row} col={col} cannot be read ({_one_line(error)})"
+            ) from error
+        present = None if mask is None else mask != 0
+        return padded(self.info, np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), present)
+
+    def jpeg(self, row: int, col: int) -> bytes | None:
+        raise AssertionError("rasterio decodes")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _driver(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, DRIVERS)))
+    except OSError as error:
+        raise ValueError(f"{path}: not a raster that can be read ({error})") from error
+    for magic, driver in DRIVERS.items():
+        if start.startswith(magic):
+            return driver
+    raise ValueError(f"{path}: no raster, allowed are {', '.join(sorted(set(DRIVERS.values())))}")
+
+
+def _gdal() -> AbstractContextManager[object]:
+    """GDAL as it is used here: a bounded cache, and nothing read but the file itself."""
+    return rasterio.Env(
+        GDAL_CACHEMAX=_CACHE,
+        GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR",
+        GDAL_PAM_ENABLED="NO",
+    )
+
+
+def _crs(file: rasterio.DatasetReader) -> str | None:
+    """As EPSG:..., where the file's CRS is one of those, or as WKT."""
+    if file.crs is None:
+        return None
+    code = file.crs.to_epsg()
+    return f"EPSG:{code}" if code is not None else str(file.crs.to_wkt())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
