@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import google_crc32c
 
-from axialtrain.data.block import decode_labels, decode_numbers, decode_tile
+from axialtrain.data.block import decode_labels, decode_mask, decode_numbers, decode_tile
 from axialtrain.data.faults import MADE_SO, Faults
 from axialtrain.data.store import (
     INSTANCES,
     LABELS,
+    MASK,
     TAR_RECORD,
     BlockEntry,
     BlockIndex,
@@ -181,12 +182,7 @@ def _index(
 
 def _checksums(index: BlockIndex) -> dict[str, int]:
     """The CRC-32C of each member but the index itself."""
-    stored = {tile.member: tile.crc32c for tile in index.tiles}
-    if index.labels_crc32c is not None:
-        stored[LABELS] = index.labels_crc32c
-    if index.instances_crc32c is not None:
-        stored[INSTANCES] = index.instances_crc32c
-    return stored
+    return {tile.member: tile.crc32c for tile in index.tiles} | index.rasters
 
 
 def _check_member(
@@ -212,6 +208,8 @@ def _check_member(
             elif name == INSTANCES:
                 numbers = decode_numbers(data, head, rect)
                 largest.instances = max(largest.instances, int(numbers.max()))
+            elif name == MASK:
+                decode_mask(data, rect)
             else:
                 decode_tile(data, head)
         except ValueError as error:
