@@ -239,17 +239,16 @@ class ShardCheck:
             elif start > at and not self._unknown:
                 self._strangers(file, at, start)
             at = max(at, stop)
-        if self._unknown:
-            end = _read(file, max(self.size - TAR_END, 0), TAR_END)
-        else:
-            end = _read(file, at, TAR_END)
-            if self.size > at + TAR_END:
-                self._strangers(file, at + TAR_END, self.size)
-        if len(end) < TAR_END or end.strip(b"\0"):
+        last = max(self.size - TAR_END, 0)
+        end = _read(file, last, TAR_END)
+        if len(end) < TAR_END or end.strip(b"\0") or last < at:
             self.faults.add(
                 f"the end of the archive, {TAR_END} zero bytes, is not there",
-                offset=max(self.size - TAR_END, 0) if self._unknown else at,
+                offset=last if self._unknown else at,
             )
+            last = self.size if self.size > at + TAR_END else at
+        if not self._unknown:
+            self._strangers(file, at, last)
 
     def _strangers(self, file: Any, start: int, stop: int) -> None:
         """One fault for each member in bytes that belong to no image; one where there is none."""

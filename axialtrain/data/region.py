@@ -74,7 +74,8 @@ def read_manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
         size = file_size(fs, path)
         if size is not None and size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{MANIFEST} has {size} bytes, allowed is {MAX_MANIFEST_BYTES}")
-        data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1)
+        # Not more than there is: a buffer is made for as much as is asked for.
+        data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1 if size is None else size)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{url}: no shards here, allowed is a folder with a {MANIFEST}") from None
     except (ImportError, ValueError, OSError) as error:  # an ImportError names what to install

@@ -50,6 +50,7 @@ from axialtrain.data.store import (
 )
 from axialtrain.data.thumbnail import thumbnail
 from axialtrain.data.tile_tiff import encode_tiff
+from axialtrain.data.whole import replacing
 from axialtrain.grid import Rect
 
 _THUMBNAIL_QUALITY = 85
@@ -114,7 +115,7 @@ def shard_images(
     with tqdm(total=sum(job.blocks for job in jobs), unit="block", disable=not progress) as bar:
         while len(rows) < len(jobs):
             shard = shard_name(shards)
-            with _replacing(out / shard) as file:
+            with replacing(out / shard) as file:
                 while len(rows) < len(jobs) and file.tell() < shard_bytes:
                     writer = _ImageWriter(jobs[len(rows)], shard, file, bar)
                     rows.append(writer.write())
@@ -124,7 +125,7 @@ def shard_images(
                 file.write(_TAR_END)
             shards += 1
             size += (out / shard).stat().st_size
-    with _replacing(out / MANIFEST) as file:
+    with replacing(out / MANIFEST) as file:
         file.write(Manifest(tuple(rows)).to_json())
     readers = tuple((job.name, job.reader, job.why) for job in jobs)
     return Summary(out, len(rows), shards, blocks, tiles, copied, size, readers)
@@ -327,23 +328,3 @@ def _sha256(path: Path) -> str:
         if each.is_file():
             whole.update(f"{each.relative_to(path).as_posix()}\0{_sha256(each)}\n".encode())
     return whole.hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path`, whole and on disk, when the block ends; or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)

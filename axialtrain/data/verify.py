@@ -21,7 +21,7 @@ from tqdm import tqdm
 from axialtrain.data.check_shard import ShardCheck
 from axialtrain.data.faults import COPY_EITHER, Fault, Faults
 from axialtrain.data.region import read_manifest
-from axialtrain.data.store import MANIFEST, ImageRow, Manifest
+from axialtrain.data.store import MANIFEST, ImageRow, Manifest, is_shard_name
 from axialtrain.data.whole import replacing
 
 MODES = ("quick", "full", "deep")
@@ -179,7 +179,7 @@ def _shards_in(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     if "http" in fs.protocol:
         return []
     names = (str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))
-    return sorted(name for name in names if name.endswith(".tar") and name.isprintable())
+    return sorted(name for name in names if is_shard_name(name))
 
 
 def _run(checks: list[ShardCheck], jobs: int, progress: bool) -> None:

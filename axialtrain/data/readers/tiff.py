@@ -160,6 +160,8 @@ class TiffSource:
         """Tile (row, col) as it lies in the file; None for a sparse file's absent tile."""
         index = row * self._cols + col
         offset, length = page.dataoffsets[index], page.databytecounts[index]
+        if not isinstance(offset, int) or not isinstance(length, int):  # its tag is of another type
+            raise self._bad_tile(row, col, "has no place in the file")
         if length == 0:
             return None
         if length > max_tile_bytes(self.info.tile, self._stored):
