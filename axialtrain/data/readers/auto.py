@@ -16,7 +16,7 @@ AUTO = "auto"
 _EXTRAS = {"openslide": "slides", "rasterio": "geo", "zarr": "zarr"}  # of pyproject.toml
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN = {b"\x89PNG\r\n\x1a\n": "a PNG", b"\xff\xd8\xff": "a JPEG"}
-_GEO = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"EHFA_HEADER_TAG": "an Erdas Imagine file"}
+_GEO = {b"\0\0\0\x0cjP  ": "JPEG 2000"}
 _DICOM, _DICOM_AT = b"DICM", 128
 # Of slides whose first bytes say nothing, or something else (an MRXS begins as a JPEG).
 _SLIDES = (".mrxs", ".vms", ".vmu", ".czi", ".scn", ".bif", ".ndpi", ".svslide")
@@ -42,6 +42,8 @@ def open_raster(path: str | Path) -> Reader:
 def _open(path: Path, level: int, reader: str, *, indices: bool) -> Reader:
     if reader not in (AUTO, *READERS):
         raise ValueError(f"reader is {reader!r}, allowed are {', '.join((AUTO, *READERS))}")
+    if not _may_exist(path):
+        raise ValueError(f"{path}: there is no such file")
     if reader != AUTO:
         return Reader(path, _source(reader, path, level, indices), reader, "asked for")
     names, why = _candidates(path)
@@ -83,6 +85,13 @@ def _candidates(path: Path) -> tuple[tuple[str, ...], str]:
             if start.startswith(magic):
                 return (reader,), kind
     return ("tifffile",), "of an unknown kind"
+
+
+def _may_exist(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, say: its reader tells
+        return True
 
 
 def _has_zarr(path: Path) -> bool:

@@ -1,18 +1,19 @@
 """Rasters of any layout over rasterio (GDAL): strips, separate planes, nodata, other formats.
 
 The only file that knows rasterio. Only formats that are one file with its pixels in it are opened:
-others (VRT, WMS...) can name further files and addresses. What lies beside the file is not read.
+others (VRT, HFA, WMS...) can name further files and addresses. What lies beside it is not read.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
@@ -38,11 +39,18 @@ DRIVERS = {
     b"II+\0": "GTiff",
     b"MM\0+": "GTiff",
     b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
-    b"EHFA_HEADER_TAG": "HFA",
 }
 _CACHE = 1 << 26  # bytes, of decoded blocks: a strip that many tiles share is decoded once
 _MAX_BLOCK = 1 << 28  # bytes that one block of the file may take in memory
-_ERRORS = (RasterioError, OSError, ValueError, RuntimeError, MemoryError, LookupError)
+_ERRORS = (
+    CPLE_BaseError,  # GDAL's own, of which rasterio turns only some into its errors
+    RasterioError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    LookupError,
+)
 
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
@@ -54,26 +62,26 @@ class GeoSource:
         """indices: whether a palette's indices are what is wanted, and not its colours."""
         self._path = path
         driver = _driver(path)
-        try:
-            with _gdal(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                with rasterio.open(path, driver=driver) as base:
-                    factors = list(base.overviews(1)) if base.count else []
-                    size = (base.height, base.width)
-                check_level(path, level, 1 + len(factors))
-                overview = {} if level == 0 else {"overview_level": level - 1}
-                self._file = rasterio.open(path, driver=driver, **overview)
-        except _ERRORS as error:
-            if isinstance(error, ValueError) and str(error).startswith(str(path)):
-                raise
-            raise ValueError(
-                f"{path}: not a raster that can be read ({_one_line(error)})"
-            ) from error
-        try:
-            self.info = self._info(size, 1 + len(factors), indices)
-        except ValueError:
-            self._file.close()
-            raise
+        with ExitStack() as opened:
+            try:
+                with _gdal(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                    with rasterio.open(path, driver=driver) as base:
+                        factors = list(base.overviews(1)) if base.count else []
+                        size = (base.height, base.width)
+                    check_level(path, level, 1 + len(factors))
+                    overview = {} if level == 0 else {"overview_level": level - 1}
+                    self._file = opened.enter_context(
+                        rasterio.open(path, driver=driver, **overview)
+                    )
+                    self.info = self._info(size, 1 + len(factors), indices)
+            except _ERRORS as error:
+                if isinstance(error, ValueError) and str(error).startswith(str(path)):
+                    raise
+                raise ValueError(
+                    f"{path}: not a raster that can be read ({_one_line(error)})"
+                ) from error
+            opened.pop_all()
 
     def _info(self, base: tuple[int, int], levels: int, indices: bool) -> Info:
         file, path = self._file, self._path

@@ -17,7 +17,7 @@ from axialtrain.data.readers.reader import (
 )
 
 MAX_BYTES = 1 << 28  # of the pixels: 9,459 x 9,459 of RGB
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 
 class PlainSource:
@@ -33,6 +33,8 @@ class PlainSource:
         except OSError as error:
             raise ValueError(f"{path}: not an image that can be read ({error})") from error
         png = self._data.startswith(_PNG)
+        if not png and not self._data.startswith(_JPEG):
+            raise ValueError(f"{path}: is no PNG or JPEG, which is all that reader=image reads")
         try:
             bits = png_bits(self._data) if png else 8
             self._shape = png_shape(self._data, bits) if png else jpeg_shape(self._data)

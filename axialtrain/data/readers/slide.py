@@ -39,7 +39,7 @@ class SlideSource:
             vendor = openslide.OpenSlide.detect_format(path)
             if vendor is None or vendor == _PLAIN:
                 kind = "no slide of a scanner" if vendor is None else "a plain TIFF"
-                raise Unfit(path, f"is {kind}, allowed is what OpenSlide knows by its scanner")
+                raise Unfit(path, f"is {kind}", "OpenSlide is for what it knows by its scanner")
             self._slide = openslide.OpenSlide(path)
         except (openslide.OpenSlideError, OSError) as error:
             raise ValueError(f"{path}: not a slide that can be read ({error})") from error
