@@ -77,7 +77,7 @@ def check_block(
             image=head.name,
         )
     if index is not None:
-        for name in members.data.keys() - expected:
+        for name in sorted(members.data.keys() - expected):
             faults.add(
                 "is in no index of its block",
                 MADE_SO,

@@ -21,6 +21,7 @@ import pytest
 import tifffile
 
 from axialtrain.data.codec import MAX_SCANS, decode, encode_jpeg, encode_png
+from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.verify import MODES, verify
@@ -286,6 +287,16 @@ def test_hidden_members_and_bytes(copy: Path) -> None:
     folder = Path(shutil.copytree(copy, copy.with_name("padding")))
     forged.forge(folder, "a", block=lambda data: data[:-1] + b"!")
     reported(folder, "the padding behind it is not zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "size"),
+    [("a.png", PNG, SIDE - 1), ("b.png", PNG, 100_000), ("c.jpg", JPEG, 65535)],
+)
+def test_image_that_claims_a_size(tmp_path: Path, name: str, data: bytes, size: int) -> None:
+    (tmp_path / name).write_bytes(claims(size, size, data))
+    with pytest.raises(ValueError, match=rf"{name}: is {size} x {size} px.*allowed .*up to"):
+        open_image(tmp_path / name)
 
 
 def test_jpeg_of_endless_scans() -> None:
