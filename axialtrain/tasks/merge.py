@@ -23,7 +23,6 @@ from axialtrain.mesh.mesh import Mesh
 from axialtrain.tasks.instances import CHUNK, SEGMENTS, VOID
 from axialtrain.tasks.objective import widened
 
-
 HEAT = 2.0**-12  # what counts as a difference of heat; that of a centre is 1
 MOST = 2**14  # steps of HEAT that are told apart: 4 times the heat of a centre
 

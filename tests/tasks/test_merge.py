@@ -26,6 +26,8 @@ def plain_segments(output: np.ndarray, here: np.ndarray, config: MergeConfig) ->
     heat = np.where(here & (output[..., CLASSES] > config.threshold), output[..., CLASSES], -1)
     reach = config.nms // 2
     peaks = []
+    heat = np.round(heat * 2**12)  # less is no difference; of equal ones the first is the centre
+    heat = np.where(heat > 0, heat - np.arange(heat.size).reshape(heat.shape) / heat.size, 0)
     for row, col in np.argwhere(heat > 0):
         around = heat[max(0, row - reach) : row + reach + 1, max(0, col - reach) : col + reach + 1]
         if heat[row, col] == around.max():
@@ -127,8 +129,21 @@ def test_little_stuff_is_void():
     assert by_hand([1, 0, 0], {1: 0.5}, [0] * 3, stuff_area=1) == [STUFF, 1, 1]
 
 
-def test_a_plateau_is_cut_to_the_hottest_before_it_travels():
-    place = Place(40, 50)
-    heat = torch.full((1, 40, 50), 0.5)
-    (centres,) = find_centres(heat, place, MergeConfig(centres=60), Mesh())
-    assert centres.tolist() == [[0, x] for x in range(50)] + [[1, x] for x in range(10)]
+def test_of_a_plateau_the_first_pixel_is_the_centre():
+    """And of heats that differ by less than the rounding of a mesh may come to."""
+    heat = torch.zeros(1, 20, 30, dtype=torch.float64)
+    heat[0, 3:6, 4:9] = 0.5
+    heat[0, 3:6, 20] = 0.5 + torch.tensor([0, 1e-9, -1e-9])
+    heat[0, 15, 4:6] = torch.tensor([0.5, 0.501])
+    (centres,) = find_centres(heat, Place(20, 30), MergeConfig(), Mesh())
+    assert centres.tolist() == [[15, 5], [3, 4], [3, 20]]
+
+
+def test_the_hottest_are_taken_then_the_first():
+    heat = torch.zeros(1, 40, 50)
+    heat[0, ::8, ::8] = 0.5
+    heat[0, 16, 24] = 0.7
+    for most in (10, 100):
+        (centres,) = find_centres(heat, Place(40, 50), MergeConfig(centres=most), Mesh())
+        others = [[y, x] for y in range(0, 40, 8) for x in range(0, 50, 8) if (y, x) != (16, 24)]
+        assert centres.tolist() == [[16, 24], *others][:most]

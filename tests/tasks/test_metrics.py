@@ -92,6 +92,7 @@ OTHER = 1 * SEGMENTS
         ([A, A, B, B], [A, A, VOID, B], (2, 2, 0, 0)),  # unlabelled: the union is without it
         ([A, A, B, B], [A, A, VOID, VOID], (1, 1, 0, 0)),  # nor is what lies there wrong
         ([A, A, A, B], [VOID, VOID, OTHER, OTHER], (0, 0, 1, 0)),  # unless less than half does
+        ([A, A, OTHER, OTHER], [VOID, OTHER, OTHER, OTHER], (0, 0, 1, 0)),  # or just half
         ([A, A, VOID, VOID], [A, A, B, B], (1, 1, 0, 1)),  # no answer is a miss
         ([A, A, VOID, VOID], [A, A, A, B], (Fraction(2, 3), 1, 0, 1)),  # and costs IoU
         ([OTHER] * 4, [A, A, B, B], (0, 0, 0, 2)),
