@@ -82,6 +82,8 @@ def encode_png(pixels: Raster) -> bytes:
 
     Level 6 halves label rasters against level 3.
     """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]  # whose strides are plain, whatever a view has made of the band's
     return bytes(imagecodecs.png_encode(pixels, 6))
 
 

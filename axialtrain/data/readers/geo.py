@@ -28,6 +28,7 @@ from axialtrain.data.readers.reader import (
     check_size,
     fits_a_tile,
     kind_of,
+    one_line,
     padded,
     window_of,
 )
@@ -79,7 +80,7 @@ class GeoSource:
                 if isinstance(error, ValueError) and str(error).startswith(str(path)):
                     raise
                 raise ValueError(
-                    f"{path}: not a raster that can be read ({_one_line(error)})"
+                    f"{path}: not a raster that can be read ({one_line(error)})"
                 ) from error
             opened.pop_all()
 
@@ -127,7 +128,7 @@ class GeoSource:
                 mask = self._file.dataset_mask(window=window) if self._masked else None
         except _ERRORS as error:
             raise ValueError(
-                f"{self._path}: tile row={row} col={col} cannot be read ({_one_line(error)})"
+                f"{self._path}: tile row={row} col={col} cannot be read ({one_line(error)})"
             ) from error
         present = None if mask is None else mask != 0
         return padded(self.info, np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), present)
@@ -166,7 +167,3 @@ def _crs(file: rasterio.DatasetReader) -> str | None:
         return None
     code = file.crs.to_epsg()
     return f"EPSG:{code}" if code is not None else str(file.crs.to_wkt())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -24,6 +24,7 @@ from axialtrain.data.readers.reader import (
     check_size,
     fits_a_tile,
     kind_of,
+    one_line,
     padded,
     window_of,
 )
@@ -58,18 +59,15 @@ class ZarrSource:
 
     def __init__(self, path: Path, level: int) -> None:
         self._path = path
-        found = [path / name for name in METADATA if (path / name).is_file()]
-        if not path.is_dir() or not found:
-            raise ValueError(f"{path}: no OME-Zarr, allowed is a folder with a {METADATA[0]}")
-        for file in found:
-            if file.stat().st_size > _MAX_METADATA:
-                raise ValueError(f"{file}: is over {_MAX_METADATA} bytes")
         try:
+            _check_folder(path)
             self.info = self._open(level)
         except _ERRORS as error:
             if isinstance(error, ValueError) and str(error).startswith(str(path)):
                 raise
-            raise ValueError(f"{path}: not an OME-Zarr that can be read ({error})") from error
+            raise ValueError(
+                f"{path}: not an OME-Zarr that can be read ({one_line(error)})"
+            ) from error
 
     def _open(self, level: int) -> Info:
         path = self._path
@@ -122,7 +120,7 @@ class ZarrSource:
             found: Raster = np.asarray(self._array[at], self.info.kind.numpy)
         except _ERRORS as error:
             raise ValueError(
-                f"{self._path}: tile row={row} col={col} cannot be read ({error})"
+                f"{self._path}: tile row={row} col={col} cannot be read ({one_line(error)})"
             ) from error
         bands = found[..., None] if found.ndim == 2 else np.moveaxis(found, 0, -1)
         return padded(self.info, np.ascontiguousarray(bands))
@@ -132,6 +130,15 @@ class ZarrSource:
 
     def close(self) -> None:
         """Nothing: zarr opens each chunk when it is read."""
+
+
+def _check_folder(path: Path) -> None:
+    found = [path / name for name in METADATA if (path / name).is_file()]
+    if not path.is_dir() or not found:
+        raise ValueError(f"{path}: no OME-Zarr, allowed is a folder with {' or '.join(METADATA)}")
+    for file in found:
+        if file.stat().st_size > _MAX_METADATA:
+            raise ValueError(f"{file}: is over {_MAX_METADATA} bytes")
 
 
 def _array(path: Path, group: zarr.Group, dataset: Record, dims: int) -> zarr.Array[Any]:

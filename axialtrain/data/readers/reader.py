@@ -233,6 +233,11 @@ def fits_a_tile(side: int, kind: Kind) -> bool:
     return MIN_TILE <= side <= MAX_TILE and side * side * kind.pixel_bytes <= MAX_TILE_PIXELS_BYTES
 
 
+def one_line(error: BaseException) -> str:
+    """What a library says, as part of a sentence."""
+    return " ".join(str(error).split())[:200]
+
+
 def check_level(path: Path, level: int, levels: int) -> None:
     if not 0 <= level < levels:
         raise ValueError(f"{path}: level is {level}, allowed is 0 to {levels - 1}")

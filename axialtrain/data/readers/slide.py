@@ -7,6 +7,7 @@ opacity: 0 is where nothing was scanned.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from axialtrain.data.readers.reader import (
     check_level,
     check_size,
     fits_a_tile,
+    one_line,
     padded,
     window_of,
 )
@@ -35,19 +37,21 @@ class SlideSource:
 
     def __init__(self, path: Path, level: int) -> None:
         self._path = path
-        try:
-            vendor = openslide.OpenSlide.detect_format(path)
-            if vendor is None or vendor == _PLAIN:
-                kind = "no slide of a scanner" if vendor is None else "a plain TIFF"
-                raise Unfit(path, f"is {kind}", "OpenSlide is for what it knows by its scanner")
-            self._slide = openslide.OpenSlide(path)
-        except (openslide.OpenSlideError, OSError) as error:
-            raise ValueError(f"{path}: not a slide that can be read ({error})") from error
-        try:
-            self.info = self._info(level)
-        except ValueError:
-            self._slide.close()
-            raise
+        with ExitStack() as opened:
+            try:
+                vendor = openslide.OpenSlide.detect_format(path)
+                if vendor is None or vendor == _PLAIN:
+                    kind = "no slide of a scanner" if vendor is None else "a plain TIFF"
+                    raise Unfit(path, f"is {kind}", "OpenSlide is for what it knows by its scanner")
+                self._slide = opened.enter_context(openslide.OpenSlide(path))
+                self.info = self._info(level)
+            except (openslide.OpenSlideError, OSError, ValueError) as error:
+                if isinstance(error, ValueError) and str(error).startswith(str(path)):
+                    raise
+                raise ValueError(
+                    f"{path}: not a slide that can be read ({one_line(error)})"
+                ) from error
+            opened.pop_all()
         self._level = level
 
     def _info(self, level: int) -> Info:
@@ -86,7 +90,7 @@ class SlideSource:
             rgba = np.asarray(self._slide.read_region((corner[0], corner[1]), self._level, size))
         except openslide.OpenSlideError as error:
             raise ValueError(
-                f"{self._path}: tile row={row} col={col} cannot be read ({error})"
+                f"{self._path}: tile row={row} col={col} cannot be read ({one_line(error)})"
             ) from error
         present = rgba[..., 3] != 0
         return padded(self.info, np.ascontiguousarray(rgba[..., :3]), present)

@@ -1,0 +1,510 @@
+"""Images of every kind: file -> shards -> region -> array, against the libraries' own pixels."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import pytest
+import rasterio
+import tifffile
+import zarr
+from PIL import Image
+from slides import write_dicom, write_ndpi
+
+from axialtrain.cli import main
+from axialtrain.data.kinds import Kind
+from axialtrain.data.readers import READERS, open_image, open_raster
+from axialtrain.data.region import Region, open_shards
+from axialtrain.data.shard import shard_images
+from axialtrain.data.store import Head
+from axialtrain.grid import Rect
+
+RNG = np.random.default_rng(3)
+NOISE = RNG.integers(0, 65536, (150, 200, 5), np.uint16)
+SMOOTH = (np.add.outer(np.arange(150), np.arange(200))[..., None] // np.array([2, 3, 4])).astype(
+    np.uint8
+)
+FLOATS = RNG.normal(0, 1000, (150, 200, 2)).astype(np.float32)
+AXES = [
+    {"name": "c", "type": "channel"},
+    {"name": "y", "type": "space", "unit": "micrometer"},
+    {"name": "x", "type": "space", "unit": "micrometer"},
+]
+
+
+def through(path: Path, out: Path, **options: Any) -> tuple[Region, Head]:
+    """The whole of the image at `path`, by way of shards in `out`; and its head."""
+    summary = shard_images([path], out, progress=False, **options)
+    shards = open_shards(str(out))
+    (row,) = shards.images
+    assert (row.bands, row.dtype) == (shards.bands, shards.dtype)
+    head = shards.head(row.name)
+    region = shards.region(row.name, head.rect)
+    np.testing.assert_array_equal(
+        shards.read(row.name, 3, -5, 40, 70)[:, 5:], region.pixels[3:43, :65]
+    )
+    assert summary.tiles == region.tiles_decoded
+    return region, head
+
+
+def write_zarr(path: Path, pixels: np.ndarray, zarr_format: int, **options: Any) -> None:
+    """`pixels` [h, w, bands] and a level of half the size, as an OME-Zarr of 0.5 um/px."""
+    group = zarr.open_group(str(path), mode="w", zarr_format=zarr_format)
+    datasets = []
+    for level, planes in enumerate((pixels, pixels[::2, ::2])):
+        planes = np.moveaxis(planes, -1, 0)
+        chunks = {"chunks": (1, 64, 64), **options}
+        array = group.create_array(str(level), shape=planes.shape, dtype=planes.dtype, **chunks)
+        array[:] = planes
+        scale = [1, 0.5 * 2**level, 0.5 * 2**level]
+        transforms = [{"type": "scale", "scale": scale}]
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    image = {"version": "0.4", "axes": AXES, "datasets": datasets}
+    if zarr_format == 2:
+        group.attrs["multiscales"] = [image]
+    else:
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [image]}
+
+
+def rgba(path: Path) -> np.ndarray:
+    with openslide.OpenSlide(path) as slide:
+        return np.asarray(slide.read_region((0, 0), 0, slide.dimensions))
+
+
+def test_slide_is_that_of_openslide(sample: Callable[[str], Path], tmp_path: Path) -> None:
+    path = sample("CMU-1-Small-Region.svs")
+    expected = rgba(path)[..., :3].astype(int)
+    copied, head = through(path, tmp_path / "copied")
+    assert (head.encoding, head.mpp, head.masked) == ("jpg", pytest.approx(0.499), False)
+    assert np.abs(copied.pixels - expected).max() <= 3  # another JPEG decoder
+    with open_image(path) as image:
+        np.testing.assert_array_equal(copied.pixels, image.read(head.rect))  # the same one
+
+
+@pytest.mark.slow
+def test_slide_by_openslide_is_that_of_openslide(
+    sample: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = sample("CMU-1-Small-Region.svs")
+    region, head = through(path, tmp_path / "out", reader="openslide")
+    assert (head.encoding, head.tile, head.mpp) == ("png", 240, pytest.approx(0.499))
+    np.testing.assert_array_equal(region.pixels, rgba(path)[..., :3])
+
+
+@pytest.mark.parametrize("reader", ["auto", "rasterio"])
+def test_cloud_optimised_geotiff_is_that_of_rasterio(
+    sample: Callable[[str], Path], tmp_path: Path, reader: str
+) -> None:
+    path = sample("cogeo.tif")
+    region, head = through(path, tmp_path / "out", reader=reader)
+    with rasterio.open(path) as raster:
+        expected = np.moveaxis(raster.read(), 0, -1).astype(int)
+        np.testing.assert_array_equal(region.present, raster.dataset_mask() != 0)
+        assert head.crs == raster.crs.to_string() == "EPSG:3857"
+        assert head.transform == pytest.approx(tuple(raster.transform)[:6])
+    assert head.encoding == ("jpg" if reader == "auto" else "png")
+    if reader == "rasterio":
+        np.testing.assert_array_equal(region.pixels, expected)
+    else:  # GDAL enlarges the halved colours otherwise than libjpeg and tifffile do
+        error = np.abs(region.pixels - expected)
+        assert ((error <= 3).mean() > 0.995, error.max() <= 13) == (True, True)
+        np.testing.assert_array_equal(region.pixels, tifffile.imread(path, key=0))
+
+
+def test_landsat_of_strips_is_that_of_rasterio(
+    sample: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = sample("landsat_RGB.byte.tif")
+    region, head = through(path, tmp_path / "out")
+    with rasterio.open(path) as raster:
+        np.testing.assert_array_equal(region.pixels, np.moveaxis(raster.read(), 0, -1))
+        np.testing.assert_array_equal(region.present, raster.dataset_mask() != 0)
+        assert (head.crs, head.transform) == ("EPSG:32618", tuple(raster.transform)[:6])
+    assert (head.masked, head.tile, Kind(head.bands, head.dtype)) == (True, 256, Kind())
+    assert 0 < region.present.mean() < 1
+    with open_image(path) as image:
+        assert (image.name, image.why) == (
+            "rasterio",
+            "a TIFF; not tifffile: not tiled; not openslide: is no slide of a scanner",
+        )
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("reader", ["tifffile", "rasterio"])
+def test_rasters_of_16_bits(tmp_path: Path, bands: int, reader: str) -> None:
+    path = tmp_path / "a.tif"
+    pixels = NOISE[..., :bands]
+    options = {"planarconfig": "contig"} if bands > 1 else {}
+    tifffile.imwrite(
+        path,
+        pixels if bands > 1 else pixels[..., 0],
+        tile=(64, 64),
+        photometric="minisblack",
+        compression="zlib",
+        predictor=True,
+        byteorder=">",
+        **options,
+    )
+    region, head = through(path, tmp_path / "out", reader=reader)
+    assert (head.bands, head.dtype, head.tile) == (bands, "uint16", 64)
+    assert head.encoding == ("png" if bands < 5 else "tif")
+    np.testing.assert_array_equal(region.pixels, pixels)
+    assert region.present.all()
+
+
+@pytest.mark.parametrize("reader", ["auto", "rasterio"])
+def test_what_is_not_finite_is_missing(tmp_path: Path, reader: str) -> None:
+    path = tmp_path / "a.tif"
+    pixels = FLOATS.copy()
+    pixels[:70, 64:130, 0] = np.nan  # a whole tile, and more
+    pixels[100, 7], pixels[101, 8, 1] = np.inf, -np.inf
+    expected = np.isfinite(pixels).all(-1)
+    options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (64, 64)}
+    tifffile.imwrite(path, pixels, **options)
+    region, head = through(path, tmp_path / "out", reader=reader)
+    assert (head.bands, head.dtype, head.encoding, head.masked) == (2, "float32", "tif", True)
+    assert region.tiles_decoded == 3 * 4 - 1
+    np.testing.assert_array_equal(region.present, expected)
+    np.testing.assert_array_equal(region.pixels, np.where(expected[..., None], pixels, 0))
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_nodata_is_missing(tmp_path: Path, tiled: bool) -> None:
+    path = tmp_path / "a.tif"
+    pixels = np.maximum(NOISE[..., :4], 1)
+    pixels[20:90, :80] = 7
+    pixels[120, 120] = 7
+    pixels[121, 121, 0] = 7  # one band alone is a value like any other
+    layout: dict[str, Any] = {"tiled": True, "blockxsize": 64, "blockysize": 64} if tiled else {}
+    transform = rasterio.Affine(10, 0, 500000, 0, -10, 6000000)
+    profile = {"height": 150, "width": 200, "count": 4, "dtype": "uint16", "nodata": 7}
+    with rasterio.open(
+        path, "w", driver="GTiff", interleave="pixel", photometric="minisblack", crs="EPSG:32632",
+        transform=transform, **profile, **layout,
+    ) as raster:  # fmt: skip
+        raster.write(np.moveaxis(pixels, -1, 0))
+    region, head = through(path, tmp_path / "out")
+    with open_image(path) as image, rasterio.open(path) as raster:
+        assert image.name == ("tifffile" if tiled else "rasterio")
+        expected = raster.dataset_mask() != 0
+    assert (head.crs, head.transform) == ("EPSG:32632", tuple(transform)[:6])
+    np.testing.assert_array_equal(region.present, expected)
+    np.testing.assert_array_equal(region.present, (pixels != 7).any(-1))
+    np.testing.assert_array_equal(region.pixels, np.where(expected[..., None], pixels, 0))
+
+
+@pytest.mark.parametrize("reader", ["tifffile", "rasterio"])
+def test_opacity_says_what_is_missing(tmp_path: Path, reader: str) -> None:
+    path = tmp_path / "a.tif"
+    opacity = np.full((150, 200, 1), 255, np.uint8)
+    opacity[10:40, 20:99] = 0
+    pixels = np.concatenate([SMOOTH, opacity], axis=2)
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", extrasamples=["unassalpha"])
+    region, head = through(path, tmp_path / "out", reader=reader)
+    assert (head.bands, head.encoding, head.masked) == (3, "png", True)
+    np.testing.assert_array_equal(region.present, opacity[..., 0] != 0)
+    np.testing.assert_array_equal(region.pixels, np.where(opacity != 0, SMOOTH, 0))
+
+
+def test_ome_tiff_of_channels_and_levels(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    planes = np.moveaxis(NOISE, -1, 0)
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        options: dict[str, Any] = {"tile": (64, 64), "photometric": "minisblack"}
+        size = {"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"}
+        tiff.write(planes, subifds=1, metadata={"axes": "CYX", **size}, **options)
+        tiff.write(planes[:, ::2, ::2], subfiletype=1, **options)
+    for level, expected in ((0, NOISE), (1, NOISE[::2, ::2])):
+        region, head = through(path, tmp_path / str(level), level=level)
+        assert (head.bands, head.dtype, head.mpp) == (5, "uint16", 0.25 * 2**level)
+        np.testing.assert_array_equal(region.pixels, expected)
+
+
+@pytest.mark.parametrize("axes", ["ZYX", "TYX", "QYX"])
+def test_stacks_are_refused_by_all(tmp_path: Path, axes: str) -> None:
+    path = tmp_path / "a.tif"
+    metadata = {"axes": axes}
+    planes = np.moveaxis(NOISE, -1, 0)
+    tifffile.imwrite(path, planes, photometric="minisblack", metadata=metadata)
+    with pytest.raises(ValueError, match=rf"a\.tif: holds .*{axes}, allowed is one image"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_ome_zarr_is_that_of_zarr(tmp_path: Path, zarr_format: int) -> None:
+    path = tmp_path / "a.zarr"
+    write_zarr(path, NOISE, zarr_format)
+    for level in (0, 1):
+        region, head = through(path, tmp_path / str(level), level=level)
+        expected = np.asarray(zarr.open_array(str(path / str(level)), mode="r"))
+        np.testing.assert_array_equal(region.pixels, np.moveaxis(expected, 0, -1))
+        assert (head.bands, head.dtype, head.mpp, head.tile) == (5, "uint16", 0.5 * 2**level, 64)
+        assert head.downsample == 2**level
+    with pytest.raises(ValueError, match="level is 2, allowed is 0 to 1"):
+        open_image(path, 2)
+
+
+def test_ome_zarr_of_floats_in_shards(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    write_zarr(path, FLOATS, 3, chunks=(2, 32, 32), shards=(2, 128, 128))
+    region, head = through(path, tmp_path / "out")
+    assert (head.tile, head.encoding) == (32, "tif")
+    np.testing.assert_array_equal(region.pixels, FLOATS)
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_dicom_is_that_of_openslide(tmp_path: Path, jpeg: bool) -> None:
+    path = tmp_path / "slide" / "a.dcm"
+    path.parent.mkdir()
+    write_dicom(path, SMOOTH, tile=64, jpeg=jpeg)
+    region, head = through(path, tmp_path / "out")
+    assert (head.mpp, head.tile, head.encoding) == (0.5, 64, "png")
+    np.testing.assert_array_equal(region.pixels, rgba(path)[..., :3])
+    if not jpeg:
+        np.testing.assert_array_equal(region.pixels, SMOOTH)
+
+
+@pytest.mark.parametrize("name", ["a.ndpi", "a.tif"])
+def test_ndpi_is_that_of_openslide(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write_ndpi(path, SMOOTH[:144, :192])
+    region, head = through(path, tmp_path / "out")
+    assert head.mpp == 0.5
+    np.testing.assert_array_equal(region.pixels, rgba(path)[..., :3])
+
+
+@pytest.mark.parametrize(
+    "pixels", [SMOOTH, SMOOTH[..., 0], NOISE[..., 0]], ids=["rgb", "grey", "grey16"]
+)
+def test_png_is_kept_as_it_is(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    region, head = through(path, tmp_path / "out")
+    assert head.dtype == pixels.dtype.name
+    np.testing.assert_array_equal(region.pixels, pixels.reshape(region.pixels.shape))
+
+
+def test_png_with_an_opacity_and_a_jpeg(tmp_path: Path) -> None:
+    opacity = np.where(SMOOTH[..., :1] > 50, 200, 0).astype(np.uint8)
+    Image.fromarray(np.concatenate([SMOOTH, opacity], axis=2)).save(tmp_path / "a.png")
+    region, _ = through(tmp_path / "a.png", tmp_path / "png")
+    np.testing.assert_array_equal(region.present, opacity[..., 0] != 0)
+    np.testing.assert_array_equal(region.pixels, np.where(opacity != 0, SMOOTH, 0))
+    Image.fromarray(SMOOTH).save(tmp_path / "b.jpg", quality=90)
+    region, _ = through(tmp_path / "b.jpg", tmp_path / "jpg")
+    expected = np.asarray(Image.open(tmp_path / "b.jpg")).astype(int)
+    assert np.abs(region.pixels - expected).max() <= 3
+
+
+def test_labels_of_missing_pixels_are_none(tmp_path: Path) -> None:
+    pixels = FLOATS.copy()
+    pixels[:80, :30] = np.nan
+    options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (64, 64)}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    labels = RNG.integers(0, 5, (150, 200), np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")  # and a raster may be of any reader
+    numbers = RNG.integers(1, 900, (150, 200), np.uint16)
+    tifffile.imwrite(tmp_path / "numbers.tif", numbers)  # of strips
+    rasters = {"labels": [tmp_path / "labels.png"], "instances": [tmp_path / "numbers.tif"]}
+    region, head = through(tmp_path / "a.tif", tmp_path / "out", **rasters)
+    there = np.isfinite(pixels).all(-1)
+    np.testing.assert_array_equal(region.labels, np.where(there, labels, 255))
+    np.testing.assert_array_equal(region.instances, np.where(there, numbers, 0))
+    shards = open_shards(str(tmp_path / "out"))
+    whole = (0, 0, head.height, head.width)
+    np.testing.assert_array_equal(shards.read_labels("a", *whole), region.labels)
+    np.testing.assert_array_equal(shards.read_instances("a", *whole), region.instances)
+
+
+def test_a_palette_has_indices_but_no_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    indices = RNG.integers(0, 5, (150, 200), np.uint8)
+    colours = RNG.integers(0, 65536, (3, 256), np.uint16)
+    for options in ({"tile": (64, 64)}, {}):
+        tifffile.imwrite(path, indices, photometric="palette", colormap=colours, **options)
+        with open_raster(path) as raster:
+            np.testing.assert_array_equal(raster.read(Rect(0, 150, 0, 200))[..., 0], indices)
+        with pytest.raises(ValueError, match=r"a\.tif: no reader takes it .*palette"):
+            open_image(path)
+
+
+def test_thumbnails_show_any_kind(tmp_path: Path) -> None:
+    for number, pixels in enumerate((NOISE, FLOATS, SMOOTH[..., :1])):
+        path = tmp_path / f"{number}.tif"
+        many = {"planarconfig": "contig"} if pixels.shape[2] > 1 else {}
+        shown = pixels if pixels.shape[2] > 1 else pixels[..., 0]
+        tifffile.imwrite(path, shown, tile=(64, 64), photometric="minisblack", **many)
+        shard_images([path], tmp_path / f"out{number}", progress=False)
+        data = (tmp_path / f"out{number}" / "shard-00000.tar").read_bytes()
+        at = data.index(b"thumbnail.jpg")
+        start = data.index(b"\xff\xd8\xff", at)
+        (tmp_path / "t.jpg").write_bytes(data[start:])
+        picture = np.asarray(Image.open(tmp_path / "t.jpg"))
+        assert picture.shape == (150, 200, 3)
+        assert np.ptp(picture) > 50
+
+
+def test_command_takes_a_reader_and_says_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, SMOOTH, photometric="rgb")
+    out = tmp_path / "out"
+    assert main(["shard", str(path), "--out", str(out), "--reader", "tifffile"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"axialtrain: {path}: not tiled: convert it")
+    assert len(error.splitlines()) == 1
+    assert main(["shard", str(path), "--out", str(out)]) == 0
+    assert "1 read with rasterio: a TIFF; not tifffile: not tiled" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^reader is 'gdal', allowed are auto, tifffile"):
+        open_image(path, reader="gdal")
+
+
+@pytest.mark.parametrize(
+    ("reader", "extra"), [("openslide", "slides"), ("rasterio", "geo"), ("zarr", "zarr")]
+)
+def test_library_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, extra: str
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, SMOOTH, photometric="rgb")
+    modules = {"openslide": "slide", "rasterio": "geo", "zarr": "ome_zarr"}
+    monkeypatch.setitem(sys.modules, reader, None)
+    monkeypatch.delitem(sys.modules, f"axialtrain.data.readers.{modules[reader]}", raising=False)
+    message = rf"a\.tif: {reader} is not installed .*pip install 'axialtrain\[{extra}\]'"
+    with pytest.raises(ValueError, match=message):
+        open_image(path, reader=reader)
+    if reader == "rasterio":
+        with pytest.raises(ValueError, match=r"tifffile: not tiled.*rasterio: rasterio is not ins"):
+            open_image(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_each_reader_refuses_in_one_sentence(tmp_path: Path, reader: str) -> None:
+    (tmp_path / "junk.tif").write_bytes(b"nothing" * 100)
+    (tmp_path / "folder").mkdir()
+    for name in ("junk.tif", "folder", "missing.tif", "x" * 300):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            open_image(tmp_path / name, reader=reader)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", ["tifffile", "rasterio"])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint32, np.float64])
+def test_other_types_are_refused(tmp_path: Path, reader: str, dtype: type[np.generic]) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, SMOOTH[..., 0].astype(dtype), tile=(64, 64))
+    message = rf"a\.tif: its pixels are {np.dtype(dtype).name}, allowed is uint8 .* or uint16: conv"
+    with pytest.raises(ValueError, match=message):
+        open_image(path, reader=reader)
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_bytes())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("0/.zarray", lambda d: d.update(filters=[{"id": "pickle"}]), "pickle"),
+        ("0/.zarray", lambda d: d.update(compressor={"id": "pickle"}), "pickle"),
+        ("0/.zarray", lambda d: d.update(filters=[{"id": "base64"}]), "is coded with .*base64"),
+        ("0/.zarray", lambda d: d.update(compressor={"id": "base64"}), "is coded with .*base64"),
+        ("0/.zarray", lambda d: d.update(chunks=[5, 1 << 19, 1 << 19]), "its chunks are .*allowed"),
+        ("0/.zarray", lambda d: d.update(shape=[5, 1 << 31, 1 << 31]), "allowed is up to 1048576"),
+        ("0/.zarray", lambda d: d.update(shape=[65, 150, 200]), "65 bands, allowed is 1 to 64"),
+        ("0/.zarray", lambda d: d.update(dtype="|O"), "not an OME-Zarr that can"),
+        ("0/.zarray", lambda d: d.update(dtype="<i8"), "its pixels are int64, allowed"),
+        (".zattrs", lambda d: d.pop("multiscales"), "multiscales is missing"),
+        (".zattrs", lambda d: d["multiscales"].append({}), "multiscales is .*allowed is one image"),
+        (".zattrs", lambda d: d["multiscales"][0].pop("axes"), "axes is missing"),
+        (".zattrs", lambda d: d["multiscales"][0]["axes"].reverse(), "axes is .*in this order"),
+        (
+            ".zattrs",
+            lambda d: d["multiscales"][0]["datasets"][0].update(path="../b.zarr/0"),
+            "path is .*allowed is a path within the folder",
+        ),
+        (
+            ".zattrs",
+            lambda d: d["multiscales"][0]["datasets"][0].update(path="/etc"),
+            "path is .*allowed is a path within the folder",
+        ),
+    ],
+)
+def test_hostile_zarr_is_refused(
+    tmp_path: Path, file: str, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = tmp_path / "a.zarr"
+    write_zarr(path, NOISE, 2)
+    shutil.copytree(path, tmp_path / "b.zarr")
+    _change(path / file, change)
+    with pytest.raises(ValueError, match=rf"^{path}.*{message}"):
+        open_image(path)
+
+
+def test_zarr_never_unpickles(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    write_zarr(path, NOISE, 2)
+    _change(path / "0/.zarray", lambda d: d.update(filters=[{"id": "pickle"}], compressor=None))
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    for chunk in (path / "0").glob("0*"):
+        chunk.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="pickle"), open_image(path) as image:
+        image.tile_pixels(0, 0)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_links_in_a_zarr_are_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    write_zarr(path, NOISE, 2)
+    chunk = path / "0" / "0.0.0"
+    chunk.unlink()
+    chunk.symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"0\.0\.0: is a link, allowed in the folder of an image"):
+        shard_images([path], tmp_path / "out", progress=False)
+
+
+def test_png_that_would_take_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(SMOOTH).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (60_000).to_bytes(4) * 2
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="60000 x 60000 px, which take 10800000000 bytes, allowed"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("reader", ["rasterio", "image"])
+def test_damaged_file_is_a_value_error(tmp_path: Path, reader: str) -> None:
+    path = tmp_path / "a"
+    if reader == "rasterio":
+        tifffile.imwrite(path, NOISE[..., :3], photometric="rgb", compression="zlib")
+    else:
+        Image.fromarray(SMOOTH).save(path, "PNG")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        data = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+        for at in rng.integers(0, min(len(data), 1500), 4):
+            data[at] = rng.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            with open_image(path, reader=reader) as image:
+                image.read(Rect(0, min(image.height, 300), 0, min(image.width, 300)))
+        except ValueError as error:
+            assert str(path) in str(error)
