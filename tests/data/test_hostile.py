@@ -430,6 +430,7 @@ def test_sizes_are_bounded_before_a_manifest_is_read(copy: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120 + FUZZED)
 def test_mutated_input_gives_a_result_or_a_clean_error() -> None:
     """AXIALTRAIN_FUZZ=10000 mutates so many; what goes wrong names its case and seed."""
     done = subprocess.run(
