@@ -118,6 +118,8 @@ class Shards:
         own = [row.label for row in manifest.images if row.label is not None]
         self.has_image_labels = len(own) == len(manifest.images)
         self.image_classes: int | None = max(own) + 1 if own else None
+        kind = manifest.images[0].kind
+        self._odd = next((row for row in manifest.images if row.kind != kind), None)
         self._fs = fs
         self._root = root
         self._rows = {row.name: row for row in manifest.images}
@@ -128,13 +130,12 @@ class Shards:
     @property
     def kind(self) -> Kind:
         """Of all images' pixels; ValueError, naming two, where they are not of one kind."""
-        first = self.images[0]
-        for row in self.images:
-            if row.kind != first.kind:
-                raise ValueError(
-                    f"{self._root}/{MANIFEST}: image {row.name!r} has {row.kind} and "
-                    f"{first.name!r} {first.kind}, allowed is one kind for all images of a set"
-                )
+        first, other = self.images[0], self._odd
+        if other is not None:
+            raise ValueError(
+                f"{self._root}/{MANIFEST}: image {other.name!r} has {other.kind} and "
+                f"{first.name!r} {first.kind}, allowed is one kind for all images of a set"
+            )
         return first.kind
 
     @property

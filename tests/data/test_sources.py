@@ -214,8 +214,24 @@ def test_opacity_says_what_is_missing(tmp_path: Path, reader: str) -> None:
     tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", extrasamples=["unassalpha"])
     region, head = through(path, tmp_path / "out", reader=reader)
     assert (head.bands, head.encoding, head.masked) == (3, "png", True)
+    with open_image(path, reader=reader) as image:
+        assert image.why == "asked for; its last band is an opacity, which says what is missing"
     np.testing.assert_array_equal(region.present, opacity[..., 0] != 0)
     np.testing.assert_array_equal(region.pixels, np.where(opacity != 0, SMOOTH, 0))
+
+
+def test_missing_pixels_of_label_rasters_have_no_label(tmp_path: Path) -> None:
+    path = tmp_path / "labels.tif"
+    labels = RNG.integers(0, 5, (150, 200), np.uint8)
+    profile = {"height": 150, "width": 200, "count": 1, "dtype": "uint8", "nodata": 0}
+    transform = rasterio.Affine(10, 0, 500000, 0, -10, 6000000)
+    with rasterio.open(path, "w", driver="GTiff", transform=transform, **profile) as raster:
+        raster.write(labels, 1)
+    image = tmp_path / "a.tif"
+    tifffile.imwrite(image, SMOOTH, tile=(64, 64), photometric="rgb")
+    region, _ = through(image, tmp_path / "out", labels=[path])
+    np.testing.assert_array_equal(region.labels, np.where(labels == 0, 255, labels))
+    assert region.present.all()
 
 
 def test_ome_tiff_of_channels_and_levels(tmp_path: Path) -> None:

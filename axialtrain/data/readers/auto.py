@@ -45,7 +45,7 @@ def _open(path: Path, level: int, reader: str, *, indices: bool) -> Reader:
     if not _may_exist(path):
         raise ValueError(f"{path}: there is no such file")
     if reader != AUTO:
-        return Reader(path, _source(reader, path, level, indices), reader, "asked for")
+        return _reader(path, _source(reader, path, level, indices), reader, ["asked for"])
     names, why = _candidates(path)
     declined: list[Unfit] = []
     for name in names:
@@ -55,7 +55,7 @@ def _open(path: Path, level: int, reader: str, *, indices: bool) -> Reader:
             declined.append(error)
         else:
             reasons = [f"not {n}: {e.reason}" for n, e in zip(names, declined, strict=False)]
-            return Reader(path, source, name, "; ".join([why, *reasons]))
+            return _reader(path, source, name, [why, *reasons])
     if len(declined) == 1:
         raise declined[0]
     tried = "; ".join(
@@ -63,6 +63,12 @@ def _open(path: Path, level: int, reader: str, *, indices: bool) -> Reader:
         for name, error in zip(names, declined, strict=True)
     )
     raise ValueError(f"{path}: no reader takes it ({tried})") from declined[0]
+
+
+def _reader(path: Path, source: Source, name: str, why: list[str]) -> Reader:
+    if source.info.opacity:  # GDAL calls a fourth band one where it is not told otherwise
+        why = [*why, "its last band is an opacity, which says what is missing"]
+    return Reader(path, source, name, "; ".join(why))
 
 
 def _candidates(path: Path) -> tuple[tuple[str, ...], str]:

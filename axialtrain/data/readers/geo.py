@@ -114,6 +114,7 @@ class GeoSource:
             downsample=max(base) / max(file.height, file.width),
             levels=levels,
             masked=self._masked or kind.dtype == "float32",
+            opacity=self._alpha,
             crs=crs,
             transform=transform,
         )

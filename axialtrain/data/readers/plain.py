@@ -55,7 +55,7 @@ class PlainSource:
         self._alpha = png and bands in (2, 4)
         self._pixels: Raster | None = None
         kind = Kind(bands - self._alpha, self._dtype)
-        self.info = Info(height, width, kind, TILE, masked=self._alpha)
+        self.info = Info(height, width, kind, TILE, masked=self._alpha, opacity=self._alpha)
 
     def tile(self, row: int, col: int) -> Tile | None:
         if self._pixels is None:

@@ -30,8 +30,8 @@ class Info:
     height, width: px. kind: of its pixels. tile: side of the square tiles, px. mpp: micrometres per
     px, None where unknown. downsample: px of level 0 per px of this one. levels: how many levels
     the image has. jpeg: whether the source holds its tiles as JPEG. masked: whether pixels may be
-    missing. crs: of what `transform` gives, as text; transform: (a, b, c, d, e, f) with
-    x = a * col + b * row + c and y = d * col + e * row + f; both None where unknown.
+    missing. opacity: whether the file's last band is one, and so none of `kind`. crs, transform: as
+    in `georeference`, of this level.
     """
 
     height: int
@@ -43,6 +43,7 @@ class Info:
     levels: int = 1
     jpeg: bool = False
     masked: bool = False
+    opacity: bool = False
     crs: str | None = None
     transform: tuple[float, ...] | None = None
 

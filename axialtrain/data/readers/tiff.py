@@ -124,6 +124,7 @@ class TiffSource:
             levels=len(levels),
             jpeg=page.compression == _JPEG and len(self._pages) == 1,
             masked=masked or kind.dtype == "float32",
+            opacity=self._alpha,
             crs=crs,
             transform=transform,
         )
