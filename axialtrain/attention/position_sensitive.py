@@ -25,14 +25,21 @@ from torch.utils.checkpoint import checkpoint
 
 from axialtrain.attention.positions import relative_bias, widened
 
-CHUNK = 2**22  # logits of a kind that exist at a time
+# Logits of a kind that exist at a time: on a CPU what its caches hold, elsewhere 256 MB, so that
+# there are few kernels.
+CPU_CHUNK, CHUNK = 2**20, 2**26
 
 KINDS = 3  # q k, q r, k r
 Stats = tuple[Tensor, Tensor, Tensor]  # counts, means, sums of centred squares
 
 
+def chunk_on(device: torch.device) -> int:
+    """Logits of a kind that exist at a time."""
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
+
+
 def logit_moments(
-    q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None = None, *, chunk: int = CHUNK
+    q: Tensor, k: Tensor, table: Tensor, mask: Tensor | None = None, *, chunk: int
 ) -> Stats:
     """The moments of the three kinds of logits, in P parts: some lines and queries at a time.
 
@@ -63,7 +70,7 @@ def attend_with_positions(
     factors: Tensor,
     mask: Tensor | None = None,
     *,
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """(what contents give, what positions give), [B, X, L, N, V] each; their sum is eq. 4.
 

@@ -132,7 +132,13 @@ class LogitNorm(BatchNorm):
     bias has a gradient of zero, exactly, and not of rounding, which Adam would turn into steps.
     """
 
-    def forward(self, moments: Moments | None) -> Tensor:  # type: ignore[override]
-        """-> factors [C] of the logits, from the moments of this rank's while training."""
-        _, factor = self.normalisation(moments)
+    def forward(  # type: ignore[override]
+        self, parts: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
+        """-> factors [C] of the logits.
+
+        parts: while training, of P parts of this rank's logits, what `Moments` has: counts [P],
+            means [P, C], squares [P, C]. None in evaluation.
+        """
+        _, factor = self.normalisation(None if parts is None else Moments(*parts).of_parts())
         return factor + 0.0 * self.bias.to(factor)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from axialtrain.attention.position_sensitive import CHUNK, attend_with_positions, logit_moments
-from axialtrain.models.batch_norm import BatchNorm, LogitNorm, Moments
+from axialtrain.attention.position_sensitive import (
+    attend_with_positions,
+    chunk_on,
+    logit_moments,
+)
+from axialtrain.models.batch_norm import BatchNorm, LogitNorm
 
 
 class PositionSensitiveAttention(nn.Module):
@@ -26,7 +30,7 @@ class PositionSensitiveAttention(nn.Module):
         assert dim % (2 * heads) == 0, "the config has been checked"
         self.dim, self.heads, self.span, self.axis = dim, heads, span, axis
         self.query = dim // (2 * heads)  # K, channels of a query
-        self.chunk = CHUNK  # logits that exist at a time
+        self.chunk: int | None = None  # logits that exist at a time; None: as the device has it
         self.qkv = nn.Linear(dim, 2 * dim, bias=False)
         self.bn_qkv = BatchNorm(2 * dim)
         self.bn_similarity = LogitNorm(3 * heads)
@@ -45,13 +49,11 @@ class PositionSensitiveAttention(nn.Module):
             qkv = qkv.transpose(1, 2)
         mask = valid if valid is None or self.axis == 2 else valid.transpose(1, 2)
         q, k, v = qkv.split((self.query, self.query, 2 * self.query), -1)
-        moments = None
-        if self.training:
-            moments = Moments(
-                *logit_moments(q, k, self.relative, mask, chunk=self.chunk)
-            ).of_parts()
-        factors = self.bn_similarity(moments)
-        attended = attend_with_positions(q, k, v, self.relative, factors, mask, chunk=self.chunk)
+        table, chunk = self.relative, self.chunk or chunk_on(x.device)
+        factors = self.bn_similarity(
+            logit_moments(q, k, table, mask, chunk=chunk) if self.training else None
+        )
+        attended = attend_with_positions(q, k, v, table, factors, mask, chunk=chunk)
         both = torch.stack(attended, -1)
         if self.axis == 1:
             both = both.transpose(1, 2)

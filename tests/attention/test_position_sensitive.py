@@ -112,9 +112,9 @@ def test_no_tokens_or_no_lines_stay_in_the_graph():
     for shape in ((2, 0, 5, 2), (2, 3, 0, 2)):
         q, k, v = (tokens(*shape, width) for width in (K, K, V))
         table, factors = tokens(2 * K + V, 5), tokens(6)
-        count, mean, squares = logit_moments(q, k, table)
+        count, mean, squares = logit_moments(q, k, table, chunk=60)
         assert (count.sum(), mean.abs().sum(), squares.abs().sum()) == (0, 0, 0)
-        contents, positions = attend_with_positions(q, k, v, table, factors)
+        contents, positions = attend_with_positions(q, k, v, table, factors, chunk=60)
         assert contents.shape == positions.shape == v.shape
         total = mean.sum() + squares.sum() + contents.sum() + positions.sum()
         for gradient in torch.autograd.grad(total, (q, k, v, table, factors)):
@@ -149,10 +149,10 @@ def test_moments_without_logits_stand_a_large_mean():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 40, 50, 1, 4, generator=generator) * 0.1 + 30 for _ in range(2))
     table = torch.randn(16, 99, generator=generator) * 0.1 + 30
-    _, mean, squares = logit_moments(q, k, table)
+    _, mean, squares = logit_moments(q, k, table, chunk=60)
     everything = torch.ones(1, 40, 50, dtype=torch.bool)
     wide = [x.double() for x in (q, k, table)]
-    _, mean64, squares64 = logit_moments(*wide, everything)
+    _, mean64, squares64 = logit_moments(*wide, everything, chunk=2**20)
     assert (mean64.square() / (squares64 / (40 * 50 * 50))).min() > 300**2
     torch.testing.assert_close(mean.double(), mean64, rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.double(), squares64, rtol=1e-6, atol=0)
