@@ -276,7 +276,7 @@ def report(folder: Path, checkpoints: str, progress: Progress) -> str:
     """The last words of a run: its figures, and what lies where."""
     figures = ", ".join(
         f"{name} {progress.metrics[name]:.4f}"
-        for name in ("loss", "val_loss", "miou", "accuracy")
+        for name in ("loss", "val_loss", "pq", "miou", "accuracy")
         if name in progress.metrics
     )
     if progress.early:

@@ -52,7 +52,6 @@ def plain(name: str) -> dict[str, Any]:
     [
         ("classification", (1, 2, 2), 0),
         ("classification", (2, 1, 2), 3),
-        ("panoptic", (1, 2, 2), 1),
         ("panoptic", (2, 2, 1), 2),
         ("panoptic", (1, 2, 2), 3),
     ],
