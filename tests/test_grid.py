@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axialtrain.grid import (
+    Enlargement,
+    Kernel,
     Layout,
     Place,
     Rect,
@@ -336,3 +338,57 @@ def test_the_grid_of_a_place_is_all_that_its_ranks_hold(case, layout):
 def test_the_grid_imports_no_torch():
     code = "import sys, axialtrain.grid; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- Finer and coarser grids of the same image ----------------------------------------------------
+
+
+@given(
+    size=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    factor=st.integers(1, 8),
+    layout=st.sampled_from(Layout),
+)
+def test_the_cells_of_a_token_stay_on_its_rank_and_lines_are_dealt_evenly(
+    size, shape, factor, layout
+):
+    ranks = list(itertools.product(range(shape[0]), range(shape[1])))
+    tokens = Place(*size, shape=shape)
+    cells = tokens.finer(factor)
+    for at in ranks:
+        assert cells.rect_of(at) == tokens.rect_of(at).scaled(factor)
+    spread = cells.under(layout)
+    assert sum(spread.rect_of(at).area for at in ranks) == spread.grid.area
+    for one, other in itertools.combinations(ranks, 2):
+        assert spread.rect_of(one).intersect(spread.rect_of(other)).empty
+    if layout is Layout.ROWS:  # of one band, to a line
+        for row in range(shape[0]):
+            heights = [spread.rect_of((row, col)).height for col in range(shape[1])]
+            assert max(heights) - min(heights) <= 1
+
+
+def test_a_coarser_grid_stays_aligned_where_the_unit_divides():
+    pixels = Place(5, 7, shape=(2, 3), at=(1, 2)).finer(16)
+    assert pixels.coarser(2).coarser(2) == Place(5, 7, shape=(2, 3), at=(1, 2)).finer(4)
+    odd = Place(5, 7, shape=(2, 3), at=(1, 2)).coarser(2)
+    assert (odd.height, odd.width, odd.unit) == (3, 4, 1)
+    assert odd.rect == Rect(1, 3, 2, 4)
+    again = odd.coarser(2).coarser(2)  # one cell, which somebody has
+    holders = [at for at in itertools.product(range(2), range(3)) if again.rect_of(at).area]
+    assert len(holders) == 1
+    with pytest.raises(ValueError, match="smaller than mesh"):
+        Place(1, 7, shape=(2, 3)).finer(16)
+
+
+def test_a_kernel_needs_what_its_results_look_at():
+    assert Kernel(3, padding=1).needs(Rect(2, 5, 0, 4)) == Rect(1, 6, -1, 5)
+    assert Kernel(7, stride=2, padding=3).needs(Rect(0, 4, 3, 5)) == Rect(-3, 10, 3, 12)
+    assert Kernel(3, dilation=6, padding=6).needs(Rect(0, 1, 0, 1)) == Rect(-6, 7, -6, 7)
+    assert Kernel(2, stride=2).needs(Rect(1, 3, 0, 1)) == Rect(2, 6, 0, 2)
+    assert Kernel(5, padding=2).needs(Rect(4, 4, 0, 9)).empty
+
+
+def test_an_enlargement_needs_neighbours_within_the_grid():
+    grid = Rect(0, 6, 0, 5)
+    assert Enlargement(4, grid).needs(Rect(8, 16, 0, 20)) == Rect(1, 5, 0, 5)
+    assert Enlargement(4, grid).needs(Rect(0, 0, 0, 20)).empty
