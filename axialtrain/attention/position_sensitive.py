@@ -16,7 +16,8 @@ S - 1 + d, as in the first public code; farther distances than S - 1 take the ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +51,15 @@ def logit_moments(
     a logit counts where its query and its key are valid.
     """
     if q.numel() == 0:
-        none = (q.sum() + k.sum() + table[:, :0].sum()).expand(KINDS * q.shape[3])
+        none = (widened(q).sum() + widened(k).sum() + widened(table)[:, :0].sum()).expand(
+            KINDS * q.shape[3]
+        )
         return none.new_zeros(1), none[None], none[None]
     if mask is None:
-        return _moments_of_all(q.flatten(0, 1), k.flatten(0, 1), table)
+        return _again(_moments_of_all, q.flatten(0, 1), k.flatten(0, 1), table)
+    table = widened(table)  # its gradient comes from many chunks
     parts: list[Stats] = [
-        checkpoint(_moments, q1, k1, table, mask1, start, use_reentrant=False)
+        _again(_moments, q1, k1, table, mask1, start)
         for q1, k1, _, mask1, start in _chunks(q, k, k, mask, table, chunk)
     ]
     count, mean, squares = (torch.stack(one) for one in zip(*parts, strict=True))
@@ -80,8 +84,9 @@ def attend_with_positions(
     if q.numel() == 0:
         zero = q.sum() + k.sum() + table[:, :0].sum() + factors[:0].sum()
         return v + zero, v + zero
+    table = widened(table)  # its gradient comes from many chunks
     parts: list[tuple[Tensor, Tensor]] = [
-        checkpoint(_attend, q1, k1, v1, table, factors, mask1, start, use_reentrant=False)
+        _again(_attend, q1, k1, v1, table, factors, mask1, start)
         for q1, k1, v1, mask1, start in _chunks(q, k, v, mask, table, chunk)
     ]
     lines, queries = _sizes(q, table, chunk)
@@ -96,14 +101,17 @@ def attend_with_positions(
     return contents.unflatten(0, q.shape[:2]), positions.unflatten(0, q.shape[:2])
 
 
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns; all that it makes on the way is made again in backward."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 def _sizes(q: Tensor, table: Tensor, chunk: int) -> tuple[int, int]:
-    """(lines, queries) of a chunk. A table spread over queries and keys counts as logits, too."""
+    """(lines, queries) of a chunk: half of it are logits, half the table, spread over queries and
+    keys once for all lines."""
     images, lines, length, heads, _ = q.shape
-    spread = len(table)
-    whole = (chunk - spread * length**2) // (heads * length**2)
-    if whole >= 1:
-        return min(whole, images * lines), length
-    return 1, max(1, min(length, chunk // ((heads + spread) * length)))
+    queries = max(1, min(length, chunk // (2 * len(table) * length)))
+    return max(1, min(images * lines, chunk // (2 * heads * queries * length))), queries
 
 
 def _chunks(
@@ -111,6 +119,8 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, int]]:
     """Lines and queries of each chunk, images and lines folded; `start` is its first query."""
     lines, queries = _sizes(q, table, chunk)
+    if queries < q.shape[2]:  # gradients from many chunks: added up in fp32 at least
+        k, v = widened(k), widened(v)
     # split, not slices: their gradients are joined once, not added up at full size.
     q, k, v = (x.flatten(0, 1).split(lines) for x in (q, k, v))
     masks = [None] * len(q) if mask is None else mask.flatten(0, 1).split(lines)
@@ -193,7 +203,7 @@ def _attend(
     start: int,
 ) -> tuple[Tensor, Tensor]:
     """[x, q, N, V] of contents, and of positions."""
-    dtype, width, length = v.dtype, q.shape[-1], k.shape[1]
+    dtype, width, length = q.dtype, q.shape[-1], k.shape[1]
     q, k, v, table = widened(q), widened(k), widened(v), widened(table)
     of_qk, of_qr, of_kr = (part[:, None] for part in factors.chunk(KINDS))
     here, keys = (start, start + q.shape[1]), (0, length)

@@ -43,16 +43,22 @@ def parallelize(
     Tables per head stay whole and are narrowed to the heads of a rank (`PerHead`).
 
     Raises ValueError where the heads or the MLP width do not divide by mesh.tensor, or the heads
-    not by what mesh.exchange=heads deals them out over.
+    not by what mesh.exchange=heads deals them out over, or where mesh.tensor has nothing to split.
     """
     for module in model.modules():
         if isinstance(module, Exchange):
             module.attach(mesh)
     if mesh.tensor.size == 1:
         return model
+    split, tables = _split_modules(model), any(isinstance(m, PerHead) for m in model.modules())
+    if not split and not tables:
+        raise ValueError(
+            f"mesh.tensor={mesh.tensor.size}: nothing in a {type(model).__name__} is in parts over "
+            "the tensor axis: allowed is 1"
+        )
     _check(model, mesh.tensor.size)
     _start_fairscale(mesh, timeout)
-    for _, kind, module in _split_modules(model):
+    for _, kind, module in split:
         first, last = SPLIT[kind]
         module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
         module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))

@@ -122,7 +122,7 @@ class AxialResNet(nn.Module):
             no keys, count in no batch norm, and come out as zeros.
         hidden, chance: not used; what other backbones take.
 
-        Raises ValueError where the image exceeds the tables.
+        Raises ValueError where the image exceeds the tables, or is not of whole tokens.
         """
         maps, _, _ = self.maps(pixels, valid, place)
         tokens = maps[-1]
@@ -138,6 +138,13 @@ class AxialResNet(nn.Module):
         patch = self.config.patch
         if place is None:
             place = Place(pixels.shape[1] // patch, pixels.shape[2] // patch)
+        size = (place.rect.height * patch, place.rect.width * patch, self.config.bands)
+        if tuple(pixels.shape[1:]) != size:
+            raise ValueError(
+                f"pixels are [B, {', '.join(map(str, pixels.shape[1:]))}]: allowed here is "
+                f"[B, {', '.join(map(str, size))}]; pad images to multiples of {patch} px, and "
+                "say in `valid` which tokens count"
+            )
         self.config.check_grid(place.height, place.width)
         check_inputs(pixels.shape[0], place, valid, None, draws=False)
         whole = None if valid is None else self.exchange.everywhere(valid, place)

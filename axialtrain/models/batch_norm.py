@@ -58,9 +58,9 @@ class Moments:
 class BatchNorm(nn.Module):
     """Batch norm (arXiv 1502.03167) of channels C, with torch's parameters, buffers and defaults.
 
-    In training over the micro-batch of all data ranks, so that a model with it depends on the
-    micro-batch; never on the mesh. Statistics are in fp32 at least, the running ones too, whatever
-    dtype the module is cast to, and equal on all ranks.
+    In training over the images that all data ranks have at a time, micro_batch x mesh.data: a model
+    with it depends on that product, and on nothing else of the mesh. Statistics are in fp32 at
+    least, the running ones too, whatever dtype the module is cast to, and equal on all ranks.
 
     start: of the weight.
     """
@@ -113,8 +113,8 @@ class BatchNorm(nn.Module):
         self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
-        # .bfloat16() and .half() cast buffers too, and a running mean that moves by a hundredth of
-        # a difference would stand still in them.
+        # .bfloat16() and .half() cast buffers too, and a running mean that moves by a tenth of a
+        # small difference would stand still in them.
         exact = {"running_mean": self.running_mean, "running_var": self.running_var}
         super()._apply(fn, recurse)
         for name, before in exact.items():

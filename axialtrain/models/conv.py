@@ -25,7 +25,8 @@ class Conv(nn.Module):
     """2-D convolution, the weight packed as torch's: [out, in / groups, size, size].
 
     Zero padding keeps a grid of H x W at ceil(H / stride) x ceil(W / stride). size must be odd.
-    Starts as torchvision's ResNets do: normal, of deviation sqrt(2 / (out * size^2 / groups)).
+    Starts normal, of deviation sqrt(2 / (out * size^2 / groups)): He's, over what a value of the
+    input goes into (arXiv 1502.01852).
     """
 
     def __init__(

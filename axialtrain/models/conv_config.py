@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from axialtrain.mesh.mesh import MeshConfig
 
-STAGES = (64, 128, 256, 512)  # channels between the 1 x 1 convolutions of a block, at width 0.5
+STAGES = (64, 128, 256, 512)  # channels between a block's 1 x 1 convolutions, at width 0.5
 STEM_STRIDE = 4  # of the convolution and the pooling in front of the stages
 EXPANSION = 2  # channels of a block's output over those between its 1 x 1 convolutions
 DEEPEST, WIDEST = (
@@ -17,7 +17,12 @@ DEEPEST, WIDEST = (
 )  # blocks of a stage, and width: beyond any model, before memory is taken
 
 
-def _refuse_tensor(mesh: MeshConfig) -> None:
+def _check_mesh(mesh: MeshConfig) -> None:
+    if mesh.exchange != "swap":
+        raise ValueError(
+            f"mesh.exchange={mesh.exchange}: convolutional models get whole lines by swapping "
+            "tokens: allowed is swap"
+        )
     if mesh.tensor > 1:
         raise ValueError(
             f"mesh.tensor={mesh.tensor}: convolutional models keep their weights whole: allowed is "
@@ -122,6 +127,11 @@ class AxialResNetConfig:
     def prefix_tokens(self) -> int:
         return 0
 
+    @property
+    def batch_norm(self) -> bool:
+        """Whether a step depends on how many images are seen at a time."""
+        return True
+
     def span_of(self, dim: int, stride: int) -> int:
         """Reach of a table for distances along `dim` (1 or 2) of a map of px `stride` a cell."""
         if self.span is not None:
@@ -132,7 +142,7 @@ class AxialResNetConfig:
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise ValueError where the model cannot be spread over `mesh`."""
-        _refuse_tensor(mesh)
+        _check_mesh(mesh)
 
     def check_grid(self, height: int, width: int) -> None:
         """Raise ValueError where an image of height x width tokens (of `patch` px) is too large."""
@@ -158,9 +168,10 @@ class AxialDeepLabConfig:
     trunk: the Axial-ResNet.
     aspp: dilations of the 3 x 3 convolutions of atrous spatial pyramid pooling; [] leaves all of it
         out, as published for Axial-DeepLab, whose attention sees the whole image anyway.
-    semantic, instance: channels of the two decoders. low_semantic, low_instance: channels to which
-        the trunk's maps at strides 8 and 4 are projected for them. heads: those of the instance
-        heads.
+    semantic, instance: channels of the two decoders; the pooling of both has `semantic`.
+    low_semantic, low_instance: channels to which the trunk's maps at strides 8 and 4 are projected
+        for them.
+    head: channels of the instance heads.
     """
 
     trunk: AxialResNetConfig = field(
@@ -177,6 +188,11 @@ class AxialDeepLabConfig:
     def __post_init__(self) -> None:
         if self.name != "axial_deeplab":
             raise ValueError(f"model.name={self.name!r}: allowed is 'axial_deeplab'")
+        if not isinstance(self.trunk, AxialResNetConfig):
+            raise ValueError(
+                f"model.trunk={self.trunk!r}: allowed is a config of an axial_resnet, or a "
+                "dictionary of its keys to replace"
+            )
         if self.trunk.output_stride != 16:
             raise ValueError(
                 f"model.trunk.output_stride={self.trunk.output_stride}: the decoders need 16"
@@ -192,14 +208,22 @@ class AxialDeepLabConfig:
         return self.trunk.bands
 
     @property
+    def batch_norm(self) -> bool:
+        """Whether a step depends on how many images are seen at a time."""
+        return True
+
+    @property
     def patch(self) -> int:
         """px of a token, as tasks and the loader see it: a cell of the trunk's output."""
         return self.trunk.patch
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise ValueError where the model cannot be spread over `mesh`."""
-        _refuse_tensor(mesh)
+        _check_mesh(mesh)
 
     def check_grid(self, height: int, width: int) -> None:
         """Raise ValueError where an image of height x width tokens (of `patch` px) is too large."""
-        self.trunk.check_grid(height, width)
+        try:
+            self.trunk.check_grid(height, width)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.", "model.trunk.")) from None

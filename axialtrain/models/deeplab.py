@@ -146,7 +146,7 @@ class AxialDeepLab(nn.Module):
     def decoder(self, low: list[int], out: int) -> Decoder:
         """A decoder on this trunk."""
         first, second, _, last = (EXPANSION * channels for channels in self.config.trunk.channels)
-        pooling = self.config.semantic, list(self.config.aspp)
+        pooling = self.config.semantic, list(self.config.aspp)  # as wide in both, as published
         return Decoder((first, second, last), low, out, pooling)
 
     def forward(
@@ -222,13 +222,16 @@ class PanopticDeepLab(nn.Module):
         said = [
             self.head(semantic, places[0], here),
             self.centre(instance, places[0], here),
-            # In cells, as the maps are; offsets are in px.
-            self.offset(instance, places[0], here) * _AFTER,
+            self.offset(instance, places[0], here),
         ]
-        return _enlarged(self.enlarge, torch.cat(said, -1), places[0], here)
+        out = _enlarged(self.enlarge, torch.cat(said, -1), places[0], here)
+        # Offsets are learned in cells, as the maps are, and are in px.
+        return torch.cat((out[..., :-OFFSET], out[..., -OFFSET:] * _AFTER), -1)
 
 
 def _enlarged(enlarge: Upsample, x: Tensor, place: Place, valid: Tensor | None) -> Tensor:
+    """In fp32 at least: an offset of hundreds of px has no half of one in bf16."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)  # the bias of the predictions
     return enlarge(x, place, valid)

@@ -138,6 +138,8 @@ def create_model(
 
     Raises ValueError that names what is allowed.
     """
+    if type(num_classes) is not int or num_classes < 0:
+        raise ValueError(f"{name}: num_classes={num_classes!r}: allowed are whole numbers from 0")
     backbone = build_backbone(model_config(name, **overrides))
     if isinstance(backbone, AxialDeepLab):
         if pool is not None:

@@ -116,6 +116,11 @@ class AxialTransformerConfig:
         return None if self.grid is None else (self.grid[0], self.grid[1])
 
     @property
+    def batch_norm(self) -> bool:
+        """Whether a step depends on how many images are seen at a time."""
+        return False
+
+    @property
     def mlp_width(self) -> int:
         return round(self.dim * self.mlp_ratio)
 

@@ -23,6 +23,7 @@ from axialtrain.mesh.mesh import Mesh
 from axialtrain.tasks.instances import CHUNK, SEGMENTS, VOID
 from axialtrain.tasks.objective import widened
 
+MOST_NMS = 1024  # px, of the border that each rank then fetches from its neighbours
 HEAT = 2.0**-12  # what counts as a difference of heat; that of a centre is 1
 MOST = 2**14  # steps of HEAT that are told apart: 4 times the heat of a centre
 
@@ -44,11 +45,11 @@ class MergeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"task.merge.threshold={self.threshold}: allowed is 0 to below 1")
-        if self.nms < 1 or self.nms % 2 == 0:
-            raise ValueError(f"task.merge.nms={self.nms}: allowed are odd numbers from 1")
+        if type(self.nms) is not int or not 1 <= self.nms < MOST_NMS or self.nms % 2 == 0:
+            raise ValueError(f"task.merge.nms={self.nms}: allowed are odd numbers, 1 to {MOST_NMS}")
         if not 1 <= self.centres < SEGMENTS:
             raise ValueError(f"task.merge.centres={self.centres}: allowed are 1 to {SEGMENTS - 1}")
-        if self.stuff_area < 0:
+        if type(self.stuff_area) is not int or self.stuff_area < 0:
             raise ValueError(
                 f"task.merge.stuff_area={self.stuff_area}: allowed are whole numbers from 0"
             )

@@ -16,7 +16,7 @@ from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.deeplab import AxialDeepLab, SemanticDeepLab
 from axialtrain.models.heads import Segmenter
 from axialtrain.models.registry import Backbone
-from axialtrain.tasks.metrics import mean_iou
+from axialtrain.tasks.metrics import confusion_of, mean_iou
 from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 
@@ -47,7 +47,7 @@ class SegmentationConfig:
 
 class Segmentation:
     """Cross-entropy per pixel. Within a cell all pixels share one prediction, so the loss of its
-    pixels is exact from how many of them have each class: no per-pixel logits are ever made."""
+    pixels is exact from how many of them have each class: tokens make no logits per pixel."""
 
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
@@ -79,12 +79,25 @@ class Segmentation:
 
         logits: [B, h * cells, w * cells, classes], cells being those of the model of `build`.
         """
+        assert batch.labels is not None, "checked before the run started"
+        if logits.shape[:-1] == batch.labels.shape:  # a cell is a pixel: no counts of one each
+            known = batch.labels < self.config.classes
+            targets = batch.labels.long().where(known, IGNORE).flatten()
+            flat = widened(logits).flatten(0, 2)
+            errors = F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none")
+            return errors.view(known.shape).sum((1, 2)), known.sum((1, 2))
         counts = self._counts(batch, logits)
         per_cell = -(counts * F.log_softmax(widened(logits), dim=-1))
         return per_cell.sum((1, 2, 3)), counts.sum((1, 2, 3))
 
     def scores(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Statistics that add up over batches and ranks: the confusion matrix, in pixels."""
+        assert batch.labels is not None, "checked before the run started"
+        if logits.shape[:-1] == batch.labels.shape:
+            known = (batch.labels < self.config.classes) & (batch.weight > 0)[:, None, None]
+            guess = logits.argmax(-1)[known]
+            found = confusion_of(batch.labels.long()[known], guess, self.config.classes)
+            return {"confusion": found}
         counts = self._counts(batch, logits) * batch.weight[:, None, None, None]
         classes = self.config.classes
         confusion = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what is refused is refused before DeepSpeed is imported
 
 T = TypeVar("T")
 
+SEEN = "images_at_a_time"  # key of a checkpoint's state, for models with batch norms
+
 
 def folder_of(config: RunConfig, run_folder: Path) -> str:
     """Where the run keeps its checkpoints."""
@@ -108,7 +110,8 @@ def told(ask: Callable[[], T], world: Group) -> T:
 def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
     """Refuse a checkpoint of another model, task, optimizer or order of samples.
 
-    Mesh, ZeRO stage, precision, learning rate and the length of the run may differ.
+    Mesh, ZeRO stage, precision, learning rate and the length of the run may differ. Of a model with
+    batch norms the images that are seen at a time may not: a step depends on them.
     Raises ValueError that names the key, the value and what is allowed.
     """
     state, where = saved.state, saved.where
@@ -121,6 +124,13 @@ def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
             raise ValueError(
                 f"model: is an {kind}, {where} was saved with an {saved_kind}, allowed is the same"
             )
+    here, there = mine.pop(SEEN, None), theirs.pop(SEEN, None)
+    if here != there:
+        raise ValueError(
+            f"train.micro_batch={config.train.micro_batch} with mesh.data={config.mesh.data}: the "
+            f"model's batch norms see {here} images at a time, {where} was saved with {there}: "
+            "allowed are two numbers of that product"
+        )
     for name, (here, there) in _differences("", mine, theirs).items():
         raise ValueError(f"{name}={here}: {where} was saved with {there}, allowed is the same")
     Progress.of_state(state, where)
@@ -149,13 +159,16 @@ def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
 
 def state_of(config: RunConfig) -> dict[str, Any]:
     """What a run must have in common with one that it goes on from."""
-    return {
+    state: dict[str, Any] = {
         "seed": config.seed,
         "model": asdict(config.model),
         "task": asdict(config.task),
         "optim": {"name": config.optim.name, "moments": list(moment_keys(config.optim))},
         "train": {"batch": config.train.batch},
     }
+    if config.model.batch_norm:
+        state[SEEN] = config.train.micro_batch * config.mesh.data
+    return state
 
 
 def pixels_of(config: RunConfig) -> dict[str, Any]:

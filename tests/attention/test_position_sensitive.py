@@ -108,6 +108,26 @@ def test_moments_are_those_of_all_logits_of_valid_pairs(chunk, masked):
     assert_agree(torch.cat((all_mean, all_squares)), torch.cat((want_mean, want)), q, k, table)
 
 
+def test_in_bf16_the_gradient_of_a_table_is_added_up_in_fp32():
+    """In many chunks as in one; and moments are in fp32 on ranks that have no line, too."""
+    found = []
+    for chunk in (2**30, 600):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 40, 16, 2, 4, generator=generator).bfloat16() for _ in range(3))
+        table = torch.randn(12, 31, generator=generator).bfloat16().requires_grad_()
+        mask = torch.ones(2, 40, 16, dtype=torch.bool)
+        moments = logit_moments(q, k, table, mask, chunk=chunk)
+        out = attend_with_positions(q, k, v, table, torch.ones(6), mask, chunk=chunk)
+        assert all(one.dtype is torch.bfloat16 for one in out)
+        (moments[1].sum() + sum(one.float().square().sum() for one in out)).backward()
+        found.append(table.grad.float())
+        for rows in (q, q[:, :0]):
+            for given in (mask[:, : rows.shape[1]], None):
+                stats = logit_moments(rows, rows, table, given, chunk=chunk)
+                assert all(one.dtype is torch.float32 for one in stats)
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.004 * float(found[0].abs().max()))
+
+
 def test_no_tokens_or_no_lines_stay_in_the_graph():
     for shape in ((2, 0, 5, 2), (2, 3, 0, 2)):
         q, k, v = (tokens(*shape, width) for width in (K, K, V))

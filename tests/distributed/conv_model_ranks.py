@@ -223,7 +223,19 @@ def engine_steps(
         engine.backward(rank_loss(means, axes, batch=IMAGES, accumulation=1))
         losses.append(float(shown_loss(means.sum(), axes, batch=IMAGES)))
         norms.append(engine.step(LR))
+    engine.eval()
+    with torch.no_grad():
+        means = image_means(
+            *task.loss(engine(*task.inputs(batch), chance=None), batch), batch.weight, axes
+        )
+    held_out = float(shown_loss(means.sum(), axes, batch=IMAGES))
     kinds = {buffer.dtype for buffer in model.buffers()}
     state = dict(engine.weights())
     engine.close()
-    return {"norms": norms, "losses": losses, "state": state, "buffers_are": kinds}
+    return {
+        "norms": norms,
+        "losses": losses,
+        "held_out": held_out,
+        "state": state,
+        "buffers_are": kinds,
+    }

@@ -172,15 +172,28 @@ def test_weights_start_with_the_published_deviations():
 
 
 def test_a_checkpoint_at_224_runs_at_384_x_640_with_tables_of_limited_span():
-    """The same weights, other sizes; distances within the span take the same entries."""
-    saved = AxialResNet(resnet(image=[224, 224], span=20)).state_dict()
+    """The same weights, another size: what torch's functions make of them there."""
+    saved = randomised(Classifier(AxialResNet(resnet(span=20)), CLASSES, "mean")).eval()
+    assert saved(image(224, 224, images=1)).shape == (1, CLASSES)
     config = resnet(image=[384, 640], span=20)
-    model = AxialResNet(config).eval()
-    model.load_state_dict(saved)
-    tokens, _ = model(image(384, 640, images=1).float())
-    assert tokens.shape == (1, 12, 20, config.dim)
-    small, _ = model(image(224, 224, images=1).float())
-    assert small.shape == (1, 7, 7, config.dim)
+    model = Classifier(AxialResNet(config), CLASSES, "mean").double().eval()
+    model.load_state_dict(saved.state_dict())
+    plain = Plain(saved, training=False)
+    maps = plain.resnet(image(384, 640, images=1), config, "backbone.")
+    assert maps[-1].shape[2:] == (12, 20)
+    want = F_linear(plain, maps[-1].mean((2, 3)))
+    torch.testing.assert_close(model(image(384, 640, images=1)), want, rtol=1e-10, atol=1e-10)
+
+
+def test_an_image_that_is_not_of_whole_tokens_is_refused_not_cropped():
+    model = AxialResNet(resnet(image=[128, 128]))
+    allowed = (
+        r"pixels are \[B, 100, 96, 3\]: allowed here is \[B, 96, 96, 3\]; pad .* multiples of 32"
+    )
+    with pytest.raises(ValueError, match=allowed):
+        model(image(100, 96).float())
+    with pytest.raises(ValueError, match=r"allowed here is \[B, 64, 96, 3\]"):
+        model(image(96, 96).float(), None, Place(2, 3))
 
 
 def test_tables_of_an_images_span_differ_between_height_and_width():
@@ -225,3 +238,13 @@ def test_weights_in_parts_are_refused(config):
     config.check_mesh(MeshConfig(row=2, col=3, data=2))
     with pytest.raises(ValueError, match=r"mesh\.tensor=2: convolutional models.*allowed is 1"):
         config.check_mesh(MeshConfig(tensor=2))
+    with pytest.raises(ValueError, match=r"mesh\.exchange=gather: .*allowed is swap"):
+        config.check_mesh(MeshConfig(exchange="gather"))
+
+
+def test_the_keys_of_a_trunk_are_named_as_such():
+    config = AxialDeepLabConfig(trunk=resnet(image=[64, 64], output_stride=16))
+    with pytest.raises(ValueError, match=r"exceeds model\.trunk\.image=.*with model\.trunk\.span"):
+        config.check_grid(4, 5)
+    with pytest.raises(ValueError, match=r"model\.trunk=3: allowed is a config of an axial_resnet"):
+        AxialDeepLabConfig(trunk=3)

@@ -14,6 +14,9 @@ import torch
 from distributed.conv_model_ranks import Case, step
 from distributed.launcher import run_ranks
 
+from axialtrain.grid import Place
+from axialtrain.tasks.instances import SEGMENTS
+
 CASES = {
     "classification": Case("classification", (5, 3)),
     "all valid": Case("classification", (3, 4), holes=False),
@@ -76,9 +79,17 @@ def test_a_step_is_that_of_one_process(name, mesh):
         torch.testing.assert_close(total, want, rtol=1e-10, atol=1e-10, msg=key)
 
 
-def test_the_cases_have_segments_of_both_kinds_and_instances_on_several_ranks():
+def test_the_case_has_void_stuff_and_things_that_lie_on_several_ranks():
     """Or the comparison above would be of nothing."""
     segments = serial("panoptic")["segments"]
-    assert len(segments.unique()) > 10
-    assert (segments >= 0).any()
-    assert (segments < 0).any()
+    ids = segments.clamp_min(0) % SEGMENTS
+    assert (segments < 0).any(), "void"
+    assert ((segments >= 0) & (ids == 0)).any(), "stuff"
+    middle = Place(5, 4, shape=(2, 2), at=(0, 0)).finer(16).rect
+    above, below = ids[:, : middle.bottom], ids[:, middle.bottom :]
+    left, right = ids[:, :, : middle.right], ids[:, :, middle.right :]
+    for one, other in ((above, below), (left, right)):
+        both = [
+            set(a[a > 0].tolist()) & set(b[b > 0].tolist()) for a, b in zip(one, other, strict=True)
+        ]
+        assert any(both), "an instance on both sides of the cut"

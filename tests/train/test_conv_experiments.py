@@ -18,6 +18,15 @@ from axialtrain.train.checkpoint import newest
 pytestmark = pytest.mark.slow
 
 STEPS = "train.steps=20"
+PARCELS = (
+    "experiment=scenes_panoptic",
+    "data.validation=null",
+    "schedule=constant",
+    "optim=sgd",
+    "optim.lr=0.002",
+    "train.batch=2",
+    "train.micro_batch=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +83,13 @@ def test_axial_deeplab(axialtrain, folder):
 
 def test_a_run_goes_on_on_another_mesh(axialtrain, folder):
     """Three steps on one process, then three on two: those of six on one, and so are statistics."""
-    base = ["experiment=scenes_panoptic", "data.validation=null", "schedule=constant"]
-    base += ["optim=sgd", "optim.lr=0.002", "train.batch=2", "train.micro_batch=2"]
-    whole = losses_of(axialtrain, folder, "whole", *base, "train.steps=6")
-    first = losses_of(axialtrain, folder, "first", *base, "train.steps=3")
+    whole = losses_of(axialtrain, folder, "whole", *PARCELS, "train.steps=6")
+    first = losses_of(axialtrain, folder, "first", *PARCELS, "train.steps=3")
     then = losses_of(
         axialtrain,
         folder,
         "then",
-        *base,
+        *PARCELS,
         "train.steps=6",
         f"resume={folder / 'first'}",
         "mesh=2x1",
@@ -92,5 +99,28 @@ def test_a_run_goes_on_on_another_mesh(axialtrain, folder):
     starts = newest(folder / "first").weights()
     for name, want in ends[0].items():
         way = (want - starts[name]).norm()
-        assert (ends[1][name] - want).norm() <= 1e-3 * way + 1e-7, name
+        assert (ends[1][name] - want).norm() <= 1e-3 * way + 1e-6, name  # some stay at zero
         assert way > 0 or not name.endswith(("running_mean", "running_var")), name
+
+
+def test_batch_norms_over_another_number_of_images_are_refused(axialtrain, folder):
+    """Not another run of the same name: the one above, of two images at a time."""
+    first = folder / "first"
+    if not first.exists():
+        pytest.skip("the run above was not made")
+    for change, seen in (("train.micro_batch=1", 1), ("mesh.data=2", 4)):
+        done = axialtrain(
+            "train",
+            *PARCELS,
+            "data.shards=shards",
+            "train.steps=6",
+            change,
+            f"resume={first}",
+            f"hydra.run.dir={folder / 'refused'}",
+            cwd=folder,
+        )
+        assert done.returncode == 2
+        said = f"see {seen} images at a time"
+        assert said in done.stderr, done.stderr
+        assert "was saved with 2: allowed are two numbers of that product" in done.stderr
+        assert not (folder / "refused").exists()
