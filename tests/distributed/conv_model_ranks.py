@@ -193,7 +193,7 @@ def step(case: Case, mesh: tuple[int, int, int] | None = None) -> dict[str, Any]
     return found
 
 
-STEPS, LR, CLIP = 3, 3.0, 0.1
+STEPS, LR, CLIP = 3, 0.3, 0.1
 
 
 def engine_steps(
