@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from axialtrain.data.scene import draw_scenes
 from axialtrain.data.shard import shard_images
@@ -31,7 +33,8 @@ PARCELS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`shards`: four scenes of 256 px with labels, instances and a class each."""
+    """`shards`: four scenes of 256 px with labels and instances. `fields`: dark and bright ones, of
+    a class each."""
     path = tmp_path_factory.mktemp("scenes")
     scenes = draw_scenes(path / "scenes", count=4, size=256, seed=0, bands=(2, 3))
     images, labels, instances = (list(files) for files in zip(*scenes, strict=True))
@@ -40,17 +43,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path / "shards",
         labels=labels,
         instances=instances,
-        image_labels=[0, 1, 1, 0],
         progress=False,
     )
+    rng, fields = np.random.default_rng(0), []
+    for index, grey in enumerate((60, 190, 200, 70)):
+        fields.append(path / f"field_{index}.tif")
+        pixels = grey + rng.integers(-30, 31, (128, 128, 3))
+        tifffile.imwrite(fields[-1], pixels.astype(np.uint8), tile=(128, 128), photometric="rgb")
+    shard_images(fields, path / "fields", image_labels=[0, 1, 1, 0], progress=False)
     return path
 
 
-def losses_of(axialtrain, folder: Path, run: str, *overrides: str) -> list[float]:
+def losses_of(
+    axialtrain, folder: Path, run: str, *overrides: str, shards: str = "shards"
+) -> list[float]:
     done = axialtrain(
         "train",
         *overrides,
-        "data.shards=shards",
+        f"data.shards={shards}",
         f"hydra.run.dir={folder / run}",
         cwd=folder,
         timeout=500,
@@ -67,10 +77,10 @@ def assert_falling(losses: list[float]) -> None:
 
 
 def test_axial_resnet(axialtrain, folder):
-    """All of axial_resnet50s, in windows of 64 px: two classes of scenes, learned by heart."""
+    """All of axial_resnet50s, in windows of 64 px of dark and of bright fields."""
     overrides = ["experiment=axial_resnet", STEPS, "data.window=[64,64]", "schedule.warmup=2"]
     overrides += ["train.batch=4", "train.micro_batch=4"]
-    assert_falling(losses_of(axialtrain, folder, "resnet", *overrides))
+    assert_falling(losses_of(axialtrain, folder, "resnet", *overrides, shards="fields"))
 
 
 def test_axial_deeplab(axialtrain, folder):
