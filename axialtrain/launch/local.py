@@ -105,7 +105,7 @@ def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) ->
                 process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        failed = _first_failure(ranks)
+        failed = _first_failure(ranks, forward.woken)
     finally:
         for process in ranks:
             if process.pid is not None:
@@ -125,13 +125,20 @@ def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) ->
 
 class _Forward:
     """Hands on to the ranks the first signal that tells us to end; they save and end by
-    themselves. A second SIGTERM or SIGINT kills them."""
+    themselves. A second SIGTERM or SIGINT kills them.
+
+    woken: a file descriptor that can be read once a signal came. The kernel may give it to a thread
+    of torch's: that interrupts no system call of the main thread, which alone handles it.
+    """
 
     def __init__(self, ranks: Sequence[SpawnProcess]) -> None:
         self.received: signal.Signals | None = None
         self.killed = False
         self._ranks = ranks
         self._urgent = 0  # how often SIGTERM or SIGINT came
+        self.woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        self._woken_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._hand_on) for number in TOLD_BY}
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
@@ -152,18 +159,25 @@ class _Forward:
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken_before)
+        os.close(self.woken)
+        os.close(self._wake)
 
 
-def _first_failure(ranks: Sequence[SpawnProcess]) -> int | None:
+def _first_failure(ranks: Sequence[SpawnProcess], woken: int) -> int | None:
     """Wait for all ranks, or for the first that fails and GRACE for the others; returns its number.
 
+    woken: see `_Forward`; the handler runs when the wait has ended.
     A rank that the others wait for in vain is named by their `train.watch`, within its timeout.
     One that failed through another is not the first, even if it ended before that one.
     """
     waiting = {process.sentinel: rank for rank, process in enumerate(ranks) if process.pid}
     while waiting:
-        for sentinel in connection.wait(list(waiting)):
+        for sentinel in connection.wait([*waiting, woken]):
             assert isinstance(sentinel, int)
+            if sentinel == woken:
+                os.read(woken, 512)
+                continue
             rank = waiting.pop(sentinel)
             ranks[rank].join()
             if ranks[rank].exitcode not in (0, AGAIN):

@@ -86,6 +86,7 @@ def small_run(
     finally:
         watch.close()
         signals.close()
+        dist.destroy_process_group()
 
 
 def apart(timeout_of_watch: float) -> str | None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -148,6 +149,7 @@ def test_ranks_that_are_told_to_end_save_and_ask_to_be_started_again(tmp_path, t
     )
     for number in signals:
         (os.killpg if to_all else os.kill)(process.pid, number)
+        time.sleep(0.2)  # two that are pending together have no order
     status, errors = ended(process)
     assert status == AGAIN
     assert errors.count(f"axialtrain: told to end by {signals[0].name}: saved step") == 1
@@ -173,6 +175,21 @@ def test_a_signal_while_ranks_begin_means_start_me_again():
     status, errors = ended(process)
     assert status == AGAIN
     assert "interrupted by SIGTERM: nothing was saved now" in errors
+
+
+def test_a_signal_that_another_thread_gets_is_handed_on():
+    def told() -> None:
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.1)
+        time.sleep(1.0)  # the main thread waits for the ranks, in a system call
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    started = time.monotonic()
+    thread = threading.Thread(target=told)
+    thread.start()
+    assert start(wait_long, (), 2) == AGAIN
+    thread.join()
+    assert time.monotonic() - started < 40
 
 
 def test_who_started_us(monkeypatch):
