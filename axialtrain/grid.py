@@ -161,6 +161,13 @@ class Place:
         """What the rank at mesh coordinates `at` holds of the same grid, in the same layout."""
         return owned_rect(self.height, self.width, self.layout, self.shape, at, self.unit)
 
+    def pixels(self, patch: int, height: int, width: int) -> Rect:
+        """What this part holds of a window of height x width px, in px from the window's corner.
+
+        patch: px of a token. Empty where a window smaller than the grid does not reach this part.
+        """
+        return self.rect.scaled(patch).intersect(Rect(0, height, 0, width))
+
     def finer(self, factor: int) -> Place:
         """The grid with factor x factor cells for each one of this: each stays where it is."""
         assert self.layout is Layout.TILE, "finer grids are spread in tiles"

@@ -80,11 +80,7 @@ class Block:
 
     def tiles(self, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
         """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
-        for tile in self.index.tiles:
-            whole = Rect(tile.row, tile.row + 1, tile.col, tile.col + 1).scaled(self.head.tile)
-            part = whole.intersect(self.head.rect).intersect(rect)
-            if not part.empty:
-                yield tile, whole, part
+        return tiles_in(self.head, self.index, rect)
 
     @cached_property
     def mask(self) -> NDArray[np.bool_] | None:
@@ -104,10 +100,15 @@ class Block:
             with self._member(tile.member) as data:
                 decoded = decode_tile(data, self.head)
             here = part.slices(rect)
-            present[here] = True if self.mask is None else self.mask[part.slices(self._rect)]
+            present[here] = self._present(part)
             np.copyto(pixels[here], decoded[part.slices(whole)], where=present[here][..., None])
             count += 1
         return count
+
+    def paint_present(self, present: NDArray[np.bool_], rect: Rect) -> None:
+        """Set `present` where `rect` meets a pixel; no tile is decoded for it."""
+        for _, _, part in self.tiles(rect):
+            present[part.slices(rect)] = self._present(part)
 
     def paint_labels(self, labels: Pixels, rect: Rect) -> None:
         """Copy the labels that `rect` meets into `labels`; an absent tile has none."""
@@ -130,9 +131,13 @@ class Block:
     def _copy(self, raster: NDArray[Any], out: NDArray[Any], rect: Rect) -> None:
         """What `rect` meets of the block's `raster` into `out`, where there are pixels."""
         for _, _, part in self.tiles(rect):
-            here = part.slices(self._rect)
-            there: NDArray[np.bool_] | bool = True if self.mask is None else self.mask[here]
-            np.copyto(out[part.slices(rect)], raster[here], where=there)
+            np.copyto(
+                out[part.slices(rect)], raster[part.slices(self._rect)], where=self._present(part)
+            )
+
+    def _present(self, part: Rect) -> NDArray[np.bool_] | bool:
+        """Which pixels of `part`, which lies in a stored tile, are there."""
+        return True if self.mask is None else self.mask[part.slices(self._rect)]
 
     def _damaged(self) -> str | None:
         """Where the first member is whose CRC-32C is not the one in the index."""
@@ -157,6 +162,38 @@ class Block:
     def _where(self, name: str) -> str:
         key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
         return f"{self.path}: byte {self.members[name].offset}: member {key}.{name}"
+
+
+def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
+    """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
+    for tile in index.tiles:
+        whole = Rect(tile.row, tile.row + 1, tile.col, tile.col + 1).scaled(head.tile)
+        part = whole.intersect(head.rect).intersect(rect)
+        if not part.empty:
+            yield tile, whole, part
+
+
+def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> BlockIndex | None:
+    """The index of the block of `entry` from the last bytes of it; None where it is not in them.
+
+    Only the rasters lie behind the index. It is held to no checksum: that is one of all the bytes.
+    """
+    name = f"{block_key(head.name, head.level, entry.row, entry.col)}.json"
+    for at in range(len(data) % TAR_RECORD, len(data), TAR_RECORD):
+        if not data.startswith(f"{name}\0".encode(), at):
+            continue
+        where = f"{path}: byte {entry.offset + entry.length - len(data) + at}: member {name}"
+        start = at + TAR_RECORD
+        try:
+            info = parse_header(data[at:start])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not is_file(info, len(data) - start):
+            raise ValueError(f"{where}: is no file that ends in its block")
+        return BlockIndex.from_json(
+            data[start : start + info.size], head, entry.row, entry.col, where
+        )
+    return None
 
 
 def decode_tile(data: bytes, head: Head) -> Raster:

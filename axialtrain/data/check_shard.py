@@ -13,7 +13,8 @@ import google_crc32c
 from axialtrain.data.check_block import Largest, check_block, padded
 from axialtrain.data.codec import decode, jpeg_shape
 from axialtrain.data.faults import COPY, COPY_EITHER, MADE_SO, MAX_FAULTS, Faults
-from axialtrain.data.region import file_size, merge
+from axialtrain.data.fetch import merge
+from axialtrain.data.region import file_size
 from axialtrain.data.store import (
     MANIFEST,
     TAR_RECORD,

@@ -338,7 +338,7 @@ class Loader:
         bytes_read = tiles_decoded = 0
         for i, slot in enumerate(slots):
             window = slot.window.rect
-            part = mine.intersect(Rect(0, window.height, 0, window.width))
+            part = place.pixels(self.patch, window.height, window.width)
             if slot.filler or part.empty:
                 continue
             region = self.shards.region(slot.window.name, part.shifted(window.top, window.left))

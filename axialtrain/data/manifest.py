@@ -54,6 +54,14 @@ class ImageRow:
         return Kind(self.bands, self.dtype)
 
     @property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each stored level, px; one for now, of whatever level of the source.
+
+        `level` counts them from 0 where an image is read.
+        """
+        return ((self.height, self.width),)
+
+    @property
     def head_bytes(self) -> tuple[int, int]:
         """[start, stop) in `shard` of the head's JSON, its tar header and padding included."""
         data = -(-self.head_length // TAR_RECORD) * TAR_RECORD

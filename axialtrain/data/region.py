@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.block import Block
+from axialtrain.data.block import Block, index_at_end
 from axialtrain.data.codec import Instances, Pixels
+from axialtrain.data.fetch import fetch_for
 from axialtrain.data.kinds import Kind, Raster
-from axialtrain.data.readers import tiles_of
 from axialtrain.data.store import (
-    BLOCK,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     UNLABELLED,
+    BlockEntry,
+    BlockIndex,
     Head,
     ImageRow,
     Manifest,
 )
 from axialtrain.grid import Rect
 
-GAP = 1 << 18  # bytes between two blocks that are rather read than skipped: a request costs more
+TAIL = 1 << 13  # bytes at the end of a block that hold its index, unless rasters lie behind it
+TAILS = 1 << 24  # bytes of them that are fetched at once
 HEADS = 256  # heads kept in memory; a large slide's takes about 1 MB
 
 
@@ -160,7 +163,7 @@ class Shards:
             if name in self._heads:
                 return self._heads[name]
         row = self.row(name)
-        path = f"{self._root}/{row.shard}"
+        path = self._path(name)
         stop = row.head_offset + row.head_length
         size = self._size(path)
         if stop > size:
@@ -179,20 +182,38 @@ class Shards:
             self._heads[name] = head
         return head
 
-    def read(self, name: str, y: int, x: int, height: int, width: int) -> Raster:
+    def read(self, name: str, y: int, x: int, height: int, width: int, level: int = 0) -> Raster:
         """Pixels of height x width px from (y, x), [height, width, bands]; 0 where missing.
 
-        As they are stored: uint8, uint16 or float32.
+        As they are stored: uint8, uint16 or float32. The rectangle may reach outside the image,
+        where pixels are missing, too: `read_mask` says which are, and `region` gives both at once.
+        level: of the stored ones, `ImageRow.levels`; ValueError, naming them, for another.
         """
-        return self._region(name, Rect(y, y + height, x, x + width), rasters=False).pixels
+        return self._region(
+            name, self._rect(name, y, x, height, width, level), rasters=False
+        ).pixels
 
-    def read_labels(self, name: str, y: int, x: int, height: int, width: int) -> Pixels:
+    def read_mask(
+        self, name: str, y: int, x: int, height: int, width: int, level: int = 0
+    ) -> NDArray[np.bool_]:
+        """Where there are pixels, bool [height, width]; arguments as in `read`.
+
+        False outside the image, in tiles that its source leaves out, and in pixels without data.
+        """
+        rect = self._rect(name, y, x, height, width, level)
+        present = np.zeros((height, width), np.bool_)
+        for block in self._blocks(self.head(name), rect)[0]:
+            block.paint_present(present, rect)
+        return present
+
+    def read_labels(
+        self, name: str, y: int, x: int, height: int, width: int, level: int = 0
+    ) -> Pixels:
         """Labels of height x width px from (y, x), uint8 [height, width]; 255 where there is none.
 
-        ValueError if the image has no labels.
+        Arguments as in `read`. ValueError if the image has no labels.
         """
-        rect, head = Rect(y, y + height, x, x + width), self.head(name)
-        _check_rect(rect)
+        rect, head = self._rect(name, y, x, height, width, level), self.head(name)
         if head.classes is None:
             raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
         labels = np.full((height, width), UNLABELLED, np.uint8)
@@ -200,13 +221,14 @@ class Shards:
             block.paint_labels(labels, rect)
         return labels
 
-    def read_instances(self, name: str, y: int, x: int, height: int, width: int) -> Instances:
+    def read_instances(
+        self, name: str, y: int, x: int, height: int, width: int, level: int = 0
+    ) -> Instances:
         """Instances of height x width px from (y, x), uint16 [height, width]; 0 where none is.
 
-        ValueError if the image has no instance raster.
+        Arguments as in `read`. ValueError if the image has no instance raster.
         """
-        rect, head = Rect(y, y + height, x, x + width), self.head(name)
-        _check_rect(rect)
+        rect, head = self._rect(name, y, x, height, width, level), self.head(name)
         if head.instances is None:
             raise ValueError(f"image {name!r} has no instances: shard it with `instances=`")
         instances = np.zeros((height, width), np.uint16)
@@ -220,6 +242,39 @@ class Shards:
         ValueError naming shard, offset and member if what is stored is damaged.
         """
         return self._region(name, rect, rasters=True)
+
+    def indexes(self, name: str, blocks: Sequence[BlockEntry]) -> list[BlockIndex]:
+        """What each of `blocks` of the image `name` holds, for the last bytes of each.
+
+        Where these do not reach back to the index, behind which rasters lie, more of them are
+        fetched. An index read so is held to no checksum. ValueError as `region` has it.
+        """
+        head, path = self.head(name), self._path(name)
+        found: dict[BlockEntry, BlockIndex] = {}
+        left, tail = list(blocks), TAIL
+        while left:
+            at_once = max(1, TAILS // tail)
+            missed = []
+            for start in range(0, len(left), at_once):
+                some = left[start : start + at_once]
+                ends = [entry.offset + entry.length for entry in some]
+                ranges = [
+                    (end - min(tail, e.length), end) for e, end in zip(some, ends, strict=True)
+                ]
+                for entry, data in zip(some, self._fetch(path, ranges), strict=True):
+                    if len(data) == entry.length:
+                        found[entry] = Block.parse(data, head, entry, path).index
+                    elif (index := index_at_end(data, head, entry, path)) is not None:
+                        found[entry] = index
+                    else:
+                        missed.append(entry)
+            left, tail = missed, tail * 8
+        return [found[entry] for entry in blocks]
+
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of each shard by its name, in the order of the images; asked once."""
+        names = dict.fromkeys(row.shard for row in self.images)
+        return {name: self._size(f"{self._root}/{name}") for name in names}
 
     def _region(self, name: str, rect: Rect, *, rasters: bool) -> Region:
         _check_rect(rect)
@@ -244,23 +299,31 @@ class Shards:
 
     def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
         """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""
-        side = BLOCK * head.tile
-        needed = {(r, c) for r, c, _ in tiles_of(rect, head.height, head.width, side)}
-        entries = sorted(
-            (entry for entry in head.blocks if (entry.row, entry.col) in needed),
-            key=lambda entry: entry.offset,
-        )
-        if not entries:
+        fetch = fetch_for(head, rect)
+        if not fetch.blocks:
             return [], 0
-        path = f"{self._root}/{self.row(head.name).shard}"
-        runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries])
+        path, runs = self._path(head.name), list(fetch.runs)
         blocks = []
         for (start, stop), chunk in zip(runs, self._fetch(path, runs), strict=True):
-            for entry in entries:
+            for entry in fetch.blocks:
                 if start <= entry.offset < stop:
                     at = entry.offset - start
                     blocks.append(Block.parse(chunk[at : at + entry.length], head, entry, path))
-        return blocks, sum(stop - start for start, stop in runs)
+        return blocks, fetch.bytes
+
+    def _rect(self, name: str, y: int, x: int, height: int, width: int, level: int) -> Rect:
+        """The rectangle that is asked for, in px of the stored level."""
+        levels = self.row(name).levels
+        if level not in range(len(levels)):
+            sizes = ", ".join(f"{i} ({h} x {w} px)" for i, (h, w) in enumerate(levels))
+            raise ValueError(f"level is {level}, allowed is what is stored of {name!r}: {sizes}")
+        rect = Rect(y, y + height, x, x + width)
+        _check_rect(rect)
+        return rect
+
+    def _path(self, name: str) -> str:
+        """Of the shard that holds the image `name`."""
+        return f"{self._root}/{self.row(name).shard}"
 
     def _size(self, path: str) -> int:
         """Bytes of the shard at `path`; asked once."""
@@ -287,17 +350,6 @@ class Shards:
                     f"{start + len(chunk)}: the shard was cut short"
                 )
         return list(chunks)
-
-
-def merge(ranges: list[tuple[int, int]], gap: int = GAP) -> list[tuple[int, int]]:
-    """Sorted half-open ranges, those at most `gap` apart joined."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if merged and start - merged[-1][1] <= gap:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 def _check_rect(rect: Rect) -> None:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from axialtrain.data.codec import Pixels
 from axialtrain.data.kinds import Raster
@@ -34,7 +35,7 @@ def thumbnail(path: Path, level: int, reader: str) -> Pixels:
             image = other
         step = -(-max(image.height, image.width) // (2 * THUMBNAIL))
         size = (-(-image.height // step), -(-image.width // step))
-        bands = 3 if image.bands >= 3 else 1
+        bands = shown_bands(image.bands)
         small = np.zeros((*size, bands), image.kind.numpy)
         there = np.zeros(size, np.bool_)
         whole = Rect(0, image.height, 0, image.width)
@@ -51,11 +52,20 @@ def thumbnail(path: Path, level: int, reader: str) -> Pixels:
             here = np.s_[top : top + pixels.shape[0], left : left + pixels.shape[1]]
             small[here] = pixels
             there[here] = True if tile.present is None else tile.present[picked]
-    return _shown(small, there)
+    return rgb_of(small, there)
 
 
-def _shown(pixels: Raster, there: Raster) -> Pixels:
-    """[h, w, 1 or 3] as RGB of 8 bits: those of 8 bits as they are, others by their own range."""
+def shown_bands(bands: int) -> int:
+    """How many of `bands` a picture shows, from the first: as RGB, or one as grey."""
+    return 3 if bands >= 3 else 1
+
+
+def rgb_of(pixels: Raster, there: NDArray[np.bool_]) -> Pixels:
+    """[h, w, bands] as RGB of 8 bits: uint8 as they are, others by the range of those `there`.
+
+    Of more than 3 bands the first three, of fewer the first.
+    """
+    pixels = pixels[..., : shown_bands(pixels.shape[2])]
     if pixels.dtype != np.uint8:
         stretched = np.zeros(pixels.shape, np.uint8)
         for band in range(pixels.shape[2] if there.any() else 0):

@@ -85,3 +85,26 @@ def numbered(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source
         progress=False,
     )
     return Source(str(folder / "shards"), source.pixels, source.labels, instances)
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """One image of 280 x 300 px, 'a', of 2 bands of uint16, with missing pixels, empty tiles, and
+    blocks without a tile; 6 blocks of 128 px in 2 rows of 3, and 3 cut ones below.
+
+    pixels: those of its file, in which 7 is nodata.
+    """
+    folder = tmp_path_factory.mktemp("masked")
+    pixels = np.random.default_rng(2).integers(8, 1 << 16, (280, 300, 2), np.uint16)
+    pixels[:130, 120:] = 7  # two whole blocks, and what is missing of their neighbours
+    pixels[200:216, 20:70] = 7
+    tifffile.imwrite(
+        folder / "a.tif",
+        pixels,
+        tile=(16, 16),
+        photometric="minisblack",
+        planarconfig="contig",
+        extratags=[(42113, "s", 0, "7", True)],  # GDAL's nodata value
+    )
+    shard_images([folder / "a.tif"], folder / "shards", progress=False)
+    return Source(str(folder / "shards"), {"a": pixels}, {})

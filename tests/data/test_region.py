@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from axialtrain.data import shard
 from axialtrain.data.codec import encode_png
+from axialtrain.data.fetch import merge
 from axialtrain.data.readers import open_image
-from axialtrain.data.region import Shards, merge, open_shards
+from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED
 from axialtrain.grid import Rect
