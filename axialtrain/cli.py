@@ -94,6 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(command=_verify, mode="full")
 
+    inspect = commands.add_parser("inspect", help="look at shards, or at one image of them")
+    inspect.add_argument("shards", metavar="DIR|URL")
+    inspect.add_argument("image", nargs="?", metavar="IMAGE", help="its name in the shards")
+    inspect.add_argument("--patch", type=int, default=16, help="side of a token in pixels")
+    inspect.add_argument(
+        "--region",
+        nargs=4,
+        type=int,
+        metavar=("Y", "X", "HEIGHT", "WIDTH"),
+        help="pixels of the image to write to --png",
+    )
+    inspect.add_argument("--png", type=Path, metavar="FILE")
+    inspect.add_argument("--mesh", metavar="RxC", help="what each rank would read of the image")
+    inspect.add_argument(
+        "--window",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels at the image's centre that --mesh shares, instead of all",
+    )
+    inspect.add_argument("--bench", action="store_true", help="measure for some seconds")
+    inspect.add_argument(
+        "--all", action="store_true", help="look at every head and block, however many there are"
+    )
+    inspect.add_argument("--json", metavar="FILE|-", help="write a record; - prints it instead")
+    inspect.set_defaults(command=_inspect)
+
     scene = commands.add_parser("scene", help="draw labelled scenes that need long range")
     scene.add_argument("--out", required=True, type=Path, metavar="DIR")
     scene.add_argument("--count", type=int, default=1)
@@ -213,6 +240,29 @@ def _scene(parsed: argparse.Namespace) -> int:
         bands=(parsed.bands[0], parsed.bands[1]),
     ):
         print(*paths)
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.inspect import inspect
+
+    found = inspect(
+        parsed.shards,
+        parsed.image,
+        patch=parsed.patch,
+        region=parsed.region,
+        png=parsed.png,
+        mesh=parsed.mesh,
+        window=parsed.window,
+        bench=parsed.bench,
+        every=parsed.all,
+    )
+    if parsed.json == "-":
+        print(found.to_json().decode(), end="")
+        return 0
+    if parsed.json is not None:
+        found.write(parsed.json)
+    print(found)
     return 0
 
 

@@ -71,7 +71,8 @@ def rgb_of(pixels: Raster, there: NDArray[np.bool_]) -> Pixels:
         for band in range(pixels.shape[2] if there.any() else 0):
             values = pixels[..., band].astype(np.float64)
             low, high = np.percentile(values[there], _RANGE)
-            scaled = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255
+            with np.errstate(over="ignore"):  # of a range of nothing, whose upper side is white
+                scaled = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255
             stretched[..., band] = np.where(there, np.clip(scaled, 0, 255), 0)
         pixels = stretched
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
