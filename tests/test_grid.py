@@ -392,3 +392,14 @@ def test_an_enlargement_needs_neighbours_within_the_grid():
     grid = Rect(0, 6, 0, 5)
     assert Enlargement(4, grid).needs(Rect(8, 16, 0, 20)) == Rect(1, 5, 0, 5)
     assert Enlargement(4, grid).needs(Rect(0, 0, 0, 20)).empty
+
+
+def test_pixels_of_a_place_are_its_tokens_cut_at_the_window() -> None:
+    """13 x 10 tokens of 16 px over 2 x 3 ranks, for windows that end in a token or before it."""
+    for row, col in ((0, 0), (1, 2), (1, 1)):
+        place = Place(13, 10, shape=(2, 3), at=(row, col))
+        whole = place.pixels(16, 208, 160)
+        assert whole == place.rect.scaled(16)
+        cut = place.pixels(16, 201, 145)
+        assert cut == Rect(whole.top, min(whole.bottom, 201), whole.left, min(whole.right, 145))
+    assert Place(13, 10, shape=(2, 3), at=(1, 2)).pixels(16, 90, 160).empty
