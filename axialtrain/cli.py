@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument(
         "--reader",
         default="auto",
-        choices=["auto", "tifffile", "openslide", "rasterio", "zarr", "image"],
+        choices=["auto", "tifffile", "openslide", "rasterio", "zarr", "image", "features"],
         help="what reads the images; auto chooses for each, and says why",
     )
     shard.set_defaults(command=_shard)

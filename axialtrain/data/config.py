@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axialtrain.data.checked import shown
-from axialtrain.data.kinds import MAX_BANDS
+from axialtrain.data.kinds import MAX_FEATURES
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
 
@@ -56,7 +56,7 @@ def _per_band(key: str, value: Any, low: float, high: float, allowed: str) -> Pe
     """`value` of data.`key` in floats, each within low..high, which `allowed` puts into words."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     numbers = list(value) if several else [value]
-    if not 1 <= len(numbers) <= MAX_BANDS or not all(
+    if not 1 <= len(numbers) <= MAX_FEATURES or not all(
         isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
         for number in numbers
     ):

@@ -14,9 +14,10 @@ from axialtrain.data.checked import Record
 Raster = NDArray[Any]  # [h, w, bands] of one of DTYPES
 
 BANDS, DTYPE = 3, "uint8"  # where nothing else is said: RGB
-MAX_BANDS = 64
+MAX_BANDS = 64  # of images
+MAX_FEATURES = 4096  # bands of float32: vectors that an encoder made of patches
 DTYPES = {"uint8": 1, "uint16": 2, "float32": 4}  # bytes of a number
-MAX_TILE_PIXELS_BYTES = 1 << 24  # of a decoded tile: 64 bands of float32 at 256 px
+MAX_TILE_PIXELS_BYTES = 1 << 24  # of a decoded tile: 64 bands of float32 at 256 px, 4096 at 32
 _DTYPE = re.compile("|".join(DTYPES))
 _JPEG_BANDS = (1, 3)
 _PNG_MOST = 4  # bands: grey or RGB, alone or with one more
@@ -24,7 +25,10 @@ _PNG_MOST = 4  # bands: grey or RGB, alone or with one more
 
 @dataclass(frozen=True)
 class Kind:
-    """Of the pixels of an image. bands: 1 to MAX_BANDS. dtype: a key of DTYPES."""
+    """Of the pixels of an image.
+
+    bands: 1 to MAX_BANDS, of float32 up to MAX_FEATURES. dtype: a key of DTYPES.
+    """
 
     bands: int = BANDS
     dtype: str = DTYPE
@@ -33,10 +37,11 @@ class Kind:
     def from_record(record: Record) -> Kind:
         """Of its `bands` and `dtype`, which are absent where they are RGB of 8 bits."""
         bands, dtype = BANDS, DTYPE
-        if "bands" in record.values:
-            bands = record.integer("bands", 1, MAX_BANDS)
         if "dtype" in record.values:
             dtype = record.text("dtype", _DTYPE, f"one of {', '.join(DTYPES)}")
+        if "bands" in record.values:
+            most = MAX_FEATURES if dtype == "float32" else MAX_BANDS
+            bands = record.integer("bands", 1, most)
         return Kind(bands, dtype)
 
     def __str__(self) -> str:

@@ -43,7 +43,9 @@ class Normalise:
     def __call__(self, pixels: Raster, present: NDArray[np.bool_]) -> NDArray[np.float32]:
         """`pixels` [h, w, bands] to float32 of the same shape; 0 where not `present` [h, w]."""
         if self.kind.dtype not in _FULL:
-            values: NDArray[np.float32] = ((pixels - self._mean) / self._std).astype(np.float32)
+            values: NDArray[np.float32] = np.empty(pixels.shape, np.float32)
+            for line, out in zip(pixels, values, strict=True):  # in float64, which takes twice
+                out[...] = (line - self._mean) / self._std
         elif len(self._tables) == 1:  # one for all bands, which is looked up in one go
             values = self._tables[0][pixels]
         else:

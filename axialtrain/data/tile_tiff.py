@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from axialtrain.data.checked import shown
 from axialtrain.data.kinds import Raster
 
 TIFF = b"II*\0"
@@ -51,7 +52,7 @@ def decode_tiff(data: bytes, shape: tuple[int, int, int], dtype: str) -> NDArray
     """
     height, width, bands = shape
     bits, kind = _FORMATS[dtype]
-    fields = _fields(data)
+    fields = _fields(data, max(bands, _MAX_ENTRIES))
     for name, tag, expected in (
         ("ImageWidth", 256, (width,)),
         ("ImageLength", 257, (height,)),
@@ -65,7 +66,9 @@ def decode_tiff(data: bytes, shape: tuple[int, int, int], dtype: str) -> NDArray
         # An absent SampleFormat means unsigned integers.
         found = fields.get(tag, (1,) * bands if tag == 339 else None)
         if found != expected:
-            raise ValueError(f"is a TIFF whose {name} is {found} where {expected} belongs")
+            raise ValueError(
+                f"is a TIFF whose {name} is {shown(found)} where {shown(expected)} belongs"
+            )
     if fields.get(284, (1,)) != (1,):
         raise ValueError("is a TIFF whose bands are not interleaved")
     offset, length = fields.get(273, (0,)), fields.get(279, (0,))
@@ -85,8 +88,8 @@ def decode_tiff(data: bytes, shape: tuple[int, int, int], dtype: str) -> NDArray
     return undone
 
 
-def _fields(data: bytes) -> dict[int, tuple[int, ...]]:
-    """The numbers of the first directory, of its entries that are SHORT or LONG."""
+def _fields(data: bytes, most: int) -> dict[int, tuple[int, ...]]:
+    """The numbers of the first directory, of its entries of up to `most` SHORT or LONG."""
     try:
         (at,) = struct.unpack_from("<I", data, 4)
         (count,) = struct.unpack_from("<H", data, at)
@@ -96,7 +99,7 @@ def _fields(data: bytes) -> dict[int, tuple[int, ...]]:
         for entry in range(at + 2, at + 2 + 12 * count, 12):
             tag, kind, values = struct.unpack_from("<HHI", data, entry)
             letter = {3: "H", 4: "I"}.get(kind)
-            if letter is None or values > _MAX_ENTRIES:
+            if letter is None or values > most:
                 continue
             size = struct.calcsize(f"<{values}{letter}")
             place = entry + 8 if size <= 4 else struct.unpack_from("<I", data, entry + 8)[0]

@@ -119,6 +119,11 @@ class AxialResNetConfig:
         return self.output_stride
 
     @property
+    def patch_px(self) -> int:
+        """`patch`, under the name that it has in every model's config."""
+        return self.patch
+
+    @property
     def dim(self) -> int:
         """Channels of the output."""
         return EXPANSION * self.channels[-1]
@@ -216,6 +221,11 @@ class AxialDeepLabConfig:
     def patch(self) -> int:
         """px of a token, as tasks and the loader see it: a cell of the trunk's output."""
         return self.trunk.patch
+
+    @property
+    def patch_px(self) -> int:
+        """`patch`, under the name that it has in every model's config."""
+        return self.patch
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise ValueError where the model cannot be spread over `mesh`."""

@@ -26,7 +26,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: AxialTransformer | AxialResNet, classes: int, cells: int) -> None:
         super().__init__()
-        patch = backbone.config.patch
+        patch = backbone.config.patch_px
         if cells < 1 or patch % cells:
             allowed = [n for n in range(1, patch + 1) if patch % n == 0]
             raise ValueError(
@@ -64,7 +64,7 @@ class MaskedReconstructor(nn.Module):
         self.backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.head = nn.Linear(config.dim, config.bands * config.patch**2)
+        self.head = nn.Linear(config.dim, config.bands * config.patch_px**2)
 
     def forward(
         self,

@@ -97,8 +97,9 @@ def to_timm(
     timm = {}
     for name, value in ours.items():
         if name == "patch_embed.proj.weight":
-            _expect(name, value, (dim, config.bands * config.patch**2), where)
-            timm[name] = rearrange(value, "D (C p q) -> D C p q", p=config.patch, q=config.patch)
+            _expect(name, value, (dim, config.bands * config.patch_px**2), where)
+            side = config.patch_px
+            timm[name] = rearrange(value, "D (C p q) -> D C p q", p=side, q=side)
         elif _QKV.fullmatch(name):
             _expect(name, value, (3 * dim, dim)[: 2 if name.endswith("weight") else 1], where)
             timm[name] = unpack_heads(value, config.heads)
@@ -143,7 +144,7 @@ def from_timm_names(
     ours = {}
     for name, value in state.items():
         if name == "patch_embed.proj.weight":
-            _expect(name, value, (dim, config.bands, config.patch, config.patch), where)
+            _expect(name, value, (dim, config.bands, config.patch_px, config.patch_px), where)
             ours[BACKBONE + name] = value.flatten(1)
         elif _QKV.fullmatch(name):
             _expect(name, value, (3 * dim, dim)[: 2 if name.endswith("weight") else 1], where)

@@ -275,7 +275,7 @@ def _check_tensors(state: Mapping[str, Tensor], config: AxialTransformerConfig, 
     """
     dim, width, (rows, cols) = config.dim, config.mlp_width, config.made_for or (0, 0)
     shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (dim, config.bands, config.patch, config.patch),
+        "patch_embed.proj.weight": (dim, config.bands, config.patch_px, config.patch_px),
         "patch_embed.proj.bias": (dim,),
         "pos_embed": (1, config.prefix_tokens + rows * cols, dim),
         "norm.weight": (dim,),

@@ -23,12 +23,15 @@ from axialtrain.mesh.mesh import MeshConfig, check_divides
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
 
+FEATURES = "features"  # model.patch where the pixels are vectors, each of which is a token
+
 
 @dataclass
 class AxialTransformerConfig:
     """Size of an axial transformer.
 
-    patch: side of a token, in pixels. dim: model width D. heads: N, dim / heads is K.
+    patch: side of a token, in pixels, or "features": each pixel is a vector of `bands` numbers that
+        an encoder made of a patch, and a token. dim: model width D. heads: N, dim / heads is K.
     mlp_ratio: MLP width over dim. bands: channels of the image.
     prefix_tokens: learned tokens beside the image (class, registers).
     drop_path: chance that a residual branch of the last layer is left out for an image while
@@ -40,7 +43,7 @@ class AxialTransformerConfig:
         the residual branches starts from; null for none.
     """
 
-    patch: int = 16
+    patch: int | str = 16
     dim: int = 192
     depth: int = 12
     heads: int = 3
@@ -60,8 +63,13 @@ class AxialTransformerConfig:
         least = dict.fromkeys(("patch", "dim", "depth", "heads", "bands"), 1)
         for key, low in (least | {"prefix_tokens": 0}).items():
             value = getattr(self, key)
+            if key == "patch" and value == FEATURES:
+                continue
             if type(value) is not int or value < low:
-                raise ValueError(f"model.{key}={value!r}: allowed are whole numbers from {low}")
+                raise ValueError(
+                    f"model.{key}={value!r}: allowed are whole numbers from {low}"
+                    + f", and {FEATURES}" * (key == "patch")
+                )
         if not 1 / self.dim <= self.mlp_ratio <= 1024:
             raise ValueError(
                 f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0, up to 1024, that "
@@ -93,6 +101,11 @@ class AxialTransformerConfig:
             unused.append(f"drop_path={self.drop_path} (it grows from 0 in the first layer)")
         if unused:
             warnings.warn(f"model: set, and used by no layer: {', '.join(unused)}", stacklevel=3)
+
+    @property
+    def patch_px(self) -> int:
+        """px of a token along a side: of feature grids, whose pixels are tokens, 1."""
+        return self.patch if isinstance(self.patch, int) else 1
 
     @property
     def passes(self) -> frozenset[Pass]:
@@ -173,7 +186,7 @@ class AxialTransformer(nn.Module):
         super().__init__()
         self.config = config
         attention, dim = config.axial_config, config.dim
-        self.patch_embed = PatchEmbed(config.patch, config.bands, dim)
+        self.patch_embed = PatchEmbed(config.patch_px, config.bands, dim)
         self.pos_embed: AxialEmbedding | None = None
         if attention.positions == "axial":
             assert config.made_for is not None, "the config has been checked"
@@ -228,7 +241,7 @@ class AxialTransformer(nn.Module):
         """
         if place is None:
             _, height, width, _ = pixels.shape
-            place = Place(height // self.config.patch, width // self.config.patch)
+            place = Place(height // self.config.patch_px, width // self.config.patch_px)
         self.config.check_grid(place.height, place.width)
         draws = bool(self.config.drop_path or self.config.axial_config.skip_axis)
         chance = chance if self.training else None

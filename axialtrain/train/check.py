@@ -10,6 +10,7 @@ import torch
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.models.registry import build_backbone
+from axialtrain.models.transformer import FEATURES
 from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.panoptic import Panoptic, PanopticConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
@@ -51,7 +52,7 @@ def loader_of(config: RunConfig, shards: Shards, at: tuple[int, int], data_rank:
     return Loader(
         shards,
         config.data,
-        patch=config.model.patch,
+        patch=config.model.patch_px,
         mesh_shape=(config.mesh.row, config.mesh.col),
         at=at,
         data_rank=data_rank,
@@ -95,6 +96,11 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
             raise ValueError(
                 f"model.bands={config.model.bands}: the shards hold {shards.bands} bands "
                 f"({key}={url})"
+            )
+        if config.model.patch == FEATURES and shards.dtype != "float32":
+            raise ValueError(
+                f"model.patch={FEATURES}: {key}={url} holds images of {shards.dtype}, allowed are "
+                "feature grids, which are float32; for images, model.patch is a number of px"
             )
         if task.image_classes is not None:
             if not shards.has_image_labels:

@@ -201,6 +201,14 @@ def sources(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
             out = folder / f"shards_{compression}"
             shard_images([image], out, labels=[labels], instances=[numbers], progress=False)
             shards.append(out)
+    table, rows = folder / "features.npz", rng.random((150, 40)) > 0.3
+    rows[0, 0] = rows[-1, -1] = True
+    row, col = np.nonzero(rows)
+    vectors = rng.normal(size=(len(row), 300)).astype(np.float16)
+    np.savez(table, coords=np.stack([col, row], 1), features=vectors, patch_size=1)
+    out = folder / "shards_features"
+    shard_images([table], out, labels=[labels], instances=[numbers], progress=False)
+    shards.append(out)
     for name, data in (
         ("tile.png", encode_png(pixels[:32, :32])),
         ("tile.jpg", encode_jpeg(pixels[:32, :32], 80)),

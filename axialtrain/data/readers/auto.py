@@ -10,13 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from axialtrain.data.readers.reader import Reader, Source, Unfit
+from axialtrain.data.readers.table import HDF5, ZIP
 
-READERS = ("tifffile", "openslide", "rasterio", "zarr", "image")
+READERS = ("tifffile", "openslide", "rasterio", "zarr", "image", "features")
 AUTO = "auto"
-_EXTRAS = {"openslide": "slides", "rasterio": "geo", "zarr": "zarr"}  # of pyproject.toml
+# Of pyproject.toml.
+_EXTRAS = {"openslide": "slides", "rasterio": "geo", "zarr": "zarr", "features": "features"}
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN = {b"\x89PNG\r\n\x1a\n": "a PNG", b"\xff\xd8\xff": "a JPEG"}
 _GEO = {b"\0\0\0\x0cjP  ": "JPEG 2000"}
+_TABLES = {HDF5: "HDF5", ZIP: "a zip, as .npz is"}
 _DICOM, _DICOM_AT = b"DICM", 128
 # Of slides whose first bytes say nothing, or something else (an MRXS begins as a JPEG).
 _SLIDES = (".mrxs", ".vms", ".vmu", ".czi", ".scn", ".bif", ".ndpi", ".svslide")
@@ -86,7 +89,7 @@ def _candidates(path: Path) -> tuple[tuple[str, ...], str]:
         return ("tifffile", "openslide", "rasterio"), "a TIFF"
     if start[_DICOM_AT:] == _DICOM:
         return ("openslide",), "DICOM"
-    for reader, kinds in (("image", _PLAIN), ("rasterio", _GEO)):
+    for reader, kinds in (("image", _PLAIN), ("rasterio", _GEO), ("features", _TABLES)):
         for magic, kind in kinds.items():
             if start.startswith(magic):
                 return (reader,), kind
@@ -123,6 +126,10 @@ def _source(name: str, path: Path, level: int, indices: bool) -> Source:
             from axialtrain.data.readers.ome_zarr import ZarrSource
 
             return ZarrSource(path, level)
+        if name == "features":
+            from axialtrain.data.readers.features import FeatureSource
+
+            return FeatureSource(path, level)
         from axialtrain.data.readers.plain import PlainSource
 
         return PlainSource(path, level)
