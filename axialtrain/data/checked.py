@@ -16,6 +16,14 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
+def parsed(data: bytes | str, where: str) -> object:
+    """The JSON value in `data`; ValueError if it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON, or cut short ({error})") from error
+
+
 @dataclass(frozen=True)
 class Record:
     """A JSON object from `where`. Taking a wrong field raises a ValueError that names it."""
@@ -26,11 +34,7 @@ class Record:
     @staticmethod
     def parse(data: bytes | str, where: str) -> Record:
         """The JSON object in `data`; ValueError if it is anything else."""
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON, or cut short ({error})") from error
-        return Record.of(values, where)
+        return Record.of(parsed(data, where), where)
 
     @staticmethod
     def of(values: object, where: str) -> Record:

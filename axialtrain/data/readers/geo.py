@@ -1,21 +1,25 @@
 """Rasters of any layout over rasterio (GDAL): strips, separate planes, nodata, other formats.
 
-The only file that knows rasterio. Only formats that are one file with its pixels in it are opened:
-others (VRT, HFA, WMS...) can name further files and addresses. What lies beside it is not read.
+The only file that knows rasterio, and so the one that burns polygons into pixels. Only formats that
+are one file with its pixels in it are opened: others (VRT, HFA, WMS...) can name further files and
+addresses. What lies beside it is not read.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
 import rasterio
+from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from axialtrain.data.georeference import checked
@@ -139,6 +143,34 @@ class GeoSource:
 
     def close(self) -> None:
         self._file.close()
+
+
+def burned(
+    polygons: Sequence[tuple[Sequence[NDArray[np.float64]], int]],
+    size: tuple[int, int],
+    fill: int,
+) -> NDArray[np.uint8]:
+    """uint8 `size` (height, width): the value of the last polygon that a pixel's centre lies in,
+    `fill` where it lies in none.
+
+    polygons: (rings, value), the outer ring first, then holes; each ring is [vertices, 2] of
+    (x, y), px, with at least 3 vertices, of which the first is not repeated.
+    """
+    shapes = [
+        (
+            {
+                "type": "Polygon",
+                "coordinates": [[*ring.tolist(), ring[0].tolist()] for ring in rings],
+            },
+            value,
+        )
+        for rings, value in polygons
+    ]
+    if not shapes:
+        return np.full(size, fill, np.uint8)
+    with _gdal():
+        found: NDArray[np.uint8] = rasterize(shapes, out_shape=size, fill=fill, dtype="uint8")
+    return found
 
 
 def _driver(path: Path) -> str:
