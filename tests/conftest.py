@@ -8,8 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from repository import SHARED
+
+# How long an example takes says how busy the machine is; a test that hangs has pytest's timeout.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
