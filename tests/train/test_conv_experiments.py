@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 STEPS = "train.steps=20"
 PARCELS = (
     "experiment=scenes_panoptic",
+    "mesh.data=1",
     "data.validation=null",
     "schedule=constant",
     "optim=sgd",
