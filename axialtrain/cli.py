@@ -6,10 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from axialtrain.data import shard_command
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
 QUICKSTART = {"train": 24, "validation": 4}  # scenes
@@ -36,37 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    shard = commands.add_parser("shard", help="turn images of any size into shards")
-    shard.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    shard.add_argument("--out", required=True, type=Path, metavar="DIR")
-    shard.add_argument(
-        "--labels",
-        nargs="+",
-        type=Path,
-        metavar="RASTER",
-        help="label rasters of the images' size, one for each image, in the same order",
+    shard = commands.add_parser(
+        "shard",
+        help="turn images of any size into shards",
+        description=shard_command.DESCRIPTION,
     )
-    shard.add_argument(
-        "--instances",
-        nargs="+",
-        type=Path,
-        metavar="RASTER",
-        help="rasters of instance numbers, 0 for none, of labelled images, in the same order",
-    )
-    shard.add_argument(
-        "--image-labels",
-        nargs="+",
-        type=int,
-        metavar="CLASS",
-        help="a class, 0 to 65535, for each whole image, in the same order",
-    )
-    shard.add_argument(
-        "--reader",
-        default="auto",
-        choices=["auto", "tifffile", "openslide", "rasterio", "zarr", "image", "features"],
-        help="what reads the images; auto chooses for each, and says why",
-    )
-    shard.set_defaults(command=_shard)
+    shard_command.arguments(shard)
+    shard.set_defaults(command=shard_command.shard)
 
     verify = commands.add_parser(
         "verify",
@@ -183,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     saving.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
     saving.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     saving.set_defaults(command=_bench_checkpoint)
+    sharding = benches.add_parser("shard", help="how fast a scene becomes shards, in what memory")
+    sharding.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
+    sharding.add_argument("--side", type=int, default=32768, help="px of the scene")
+    sharding.add_argument("--jobs", type=int, default=1, help="processes")
+    sharding.set_defaults(command=_bench_shard)
 
     quickstart = commands.add_parser(
         "quickstart", help="scenes, shards and a trained model in the current folder"
@@ -190,24 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("overrides", nargs="*", metavar="key=value")
     quickstart.set_defaults(command=_quickstart)
     return parser
-
-
-def _shard(parsed: argparse.Namespace) -> int:
-    from axialtrain.data.shard import shard_images
-
-    summary = shard_images(
-        parsed.images,
-        parsed.out,
-        labels=parsed.labels,
-        instances=parsed.instances,
-        image_labels=parsed.image_labels,
-        reader=parsed.reader,
-    )
-    print(summary)
-    chosen = Counter((reader, why) for _, reader, why in summary.readers)
-    for (reader, why), count in chosen.items():
-        print(f"{count} read with {reader}: {why}")
-    return 0
 
 
 def _verify(parsed: argparse.Namespace) -> int:
@@ -326,6 +289,13 @@ def _bench_checkpoint(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_shard(parsed: argparse.Namespace) -> int:
+    from axialtrain.bench.shard import bench_shard
+
+    print(bench_shard(parsed.out, side=parsed.side, jobs=parsed.jobs))
+    return 0
+
+
 def _quickstart(parsed: argparse.Namespace) -> int:
     from axialtrain.data.scene import ceiling, draw_scenes
     from axialtrain.data.shard import shard_images
@@ -333,13 +303,15 @@ def _quickstart(parsed: argparse.Namespace) -> int:
 
     parsed.overrides = ["experiment=quickstart", *parsed.overrides]
     compose_run(parsed.overrides)  # a wrong key is refused before scenes are drawn
-    for seed, (split, count) in enumerate(QUICKSTART.items()):
+    end = 0
+    for split, count in QUICKSTART.items():
+        first, end = end, end + count  # no name of a scene, and so no group, is in two splits
         shards = Path("shards") / split
         if (shards / "manifest.json").exists():
             print(f"{shards} is there already: used as it is")
             continue
         print(f"drawing {count} scenes for {split}")
-        scenes = draw_scenes(Path("scenes") / split, count=count, size=4096, seed=seed)
+        scenes = draw_scenes(Path("scenes") / split, count=count, size=4096, seed=0, first=first)
         print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
     status = _train(parsed)
     if status == 0:

@@ -22,6 +22,7 @@ from axialtrain.data.store import (
     Head,
     block_key,
     count_classes,
+    tile_number,
 )
 from axialtrain.data.tar import is_file, is_sound, kind, parse_header
 
@@ -82,6 +83,19 @@ def check_block(
                 "is in no index of its block",
                 MADE_SO,
                 offset=members.at[name],
+                member=prefix + name,
+                image=head.name,
+            )
+        said_empty = [
+            tile.member
+            for tile in index.tiles
+            if tile_number(tile.row, tile.col, head.block) in entry.empty
+        ]
+        for name in said_empty:
+            faults.add(
+                "is stored, and empty in the head of its image",
+                MADE_SO,
+                offset=entry.offset,
                 member=prefix + name,
                 image=head.name,
             )

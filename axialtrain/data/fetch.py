@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axialtrain.data.readers import tiles_of
-from axialtrain.data.store import BLOCK, BlockEntry, Head
+from axialtrain.data.store import BlockEntry, Head
 from axialtrain.grid import Rect
 
 GAP = 1 << 18  # bytes between two blocks that are rather read than skipped: a request costs more
@@ -28,11 +28,18 @@ class Fetch:
 
 
 def fetch_for(head: Head, rect: Rect) -> Fetch:
-    """What is fetched for `rect`, in px of the image of `head`; it may reach outside."""
-    side = BLOCK * head.tile
+    """What is fetched for `rect`, in px of the image of `head`; it may reach outside.
+
+    Blocks without a tile are not.
+    """
+    side = head.block * head.tile
     needed = {(r, c) for r, c, _ in tiles_of(rect, head.height, head.width, side)}
     entries = sorted(
-        (entry for entry in head.blocks if (entry.row, entry.col) in needed),
+        (
+            entry
+            for entry in head.blocks
+            if (entry.row, entry.col) in needed and not head.is_empty(entry)
+        ),
         key=lambda entry: entry.offset,
     )
     runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries])

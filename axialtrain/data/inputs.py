@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from axialtrain.data.checked import shown
-from axialtrain.data.readers import Reader, open_image, open_raster
+from axialtrain.data.listing import Entry
+from axialtrain.data.rasters import LabelSource, RasterInstances, open_instances, open_labels
+from axialtrain.data.readers import Reader, open_image
+from axialtrain.data.readers.resampled import choose_level, resampled
+from axialtrain.data.readers.retiled import retiled
+from axialtrain.data.sharding import Sharding
 from axialtrain.data.store import (
     MAX_BLOCKS,
-    MAX_LABEL,
-    MAX_LEVEL,
     MAX_NAME_WITH_INSTANCES,
-    block_grid,
+    NAME,
+    NAME_WORDS,
+    Head,
     image_name,
 )
 
@@ -24,119 +26,165 @@ from axialtrain.data.store import (
 class Input:
     """An image that has been checked, and what it is stored as.
 
-    labels, instances: paths of its rasters. label: the class of the whole image. level: of its
-    pyramid. blocks: how many it makes. reader, why: which one reads it, and how that was chosen.
+    head: all that is known of it before its blocks are: none of them, no checksums. reader, why:
+    which one reads it, and how that was chosen. level: of its pyramid, that it is made from.
+    classes: numbers of the names of classes, for polygons. labelled: one line on its labels.
     """
 
-    name: str
-    image: Path
-    labels: Path | None
-    instances: Path | None
-    label: int | None
-    level: int
-    blocks: int
+    entry: Entry
+    how: Sharding
+    head: Head
     reader: str
     why: str
+    level: int
+    copied: bool
+    classes: Mapping[str, int] | None
+    labelled: str
+
+    @property
+    def name(self) -> str:
+        return self.head.name
+
+    @property
+    def blocks(self) -> int:
+        rows, cols = self.head.block_grid
+        return rows * cols
+
+    @property
+    def tiles(self) -> int:
+        rows, cols = self.head.tile_grid
+        return rows * cols
+
+    def open_labels(self) -> LabelSource | None:
+        """Its labels, None where it has none; to be closed."""
+        return _labels(self.entry, self.head, self.how, self.classes)
+
+    def open_instances(self) -> RasterInstances | None:
+        """Its instances, None where it has none; to be closed."""
+        if self.entry.instances is None:
+            return None
+        return open_instances(self.entry.instances, self.head.height, self.head.width)
+
+
+def open_stored(entry: Entry, how: Sharding) -> Reader:
+    """The image as it is to be stored, by the tiles of the shards; those it holds as JPEG are
+    copied. ValueError, naming the file, for what cannot be."""
+    if how.mpp is None:
+        image = open_image(entry.image, how.level, how.reader)
+    else:
+        image = resampled(entry.image, how.reader, how.mpp, own_mpp=entry.mpp, tile=how.tile or 256)
+    if how.passthrough == "always" and not image.jpeg:
+        image.close()
+        raise ValueError(
+            f"{entry.image}: its tiles cannot be copied: passthrough is always, allowed is auto"
+        )
+    own = not image.jpeg or how.passthrough == "never"
+    if own and (image.jpeg or how.tile not in (None, image.tile)):
+        return retiled(image, how.tile or image.tile)
+    return image
 
 
 def check_inputs(
-    images: Sequence[str | Path],
-    labels: Sequence[str | Path] | None,
-    instances: Sequence[str | Path] | None,
-    image_labels: Sequence[int] | None,
-    level: int,
-    reader: str,
+    entries: Sequence[Entry],
+    how: Sharding,
+    classes: Mapping[str, int] | None = None,
+    refused: Callable[[Entry, ValueError], None] | None = None,
 ) -> list[Input]:
-    """Open every input once, so that what is wrong with the last is said before the first.
+    """Open every image and raster once, so that what is wrong with the last is said before the
+    first is stored.
 
-    The arguments are those of `shard_images`. ValueError naming file or argument.
+    classes: see `Input`. refused: is told of an image that is left out; None: the first raises its
+    ValueError, which names file or key.
     """
-    if not images:
+    if not entries:
         raise ValueError("images is empty, allowed is at least one path")
-    for key, rasters in (("labels", labels), ("instances", instances)):
-        if rasters is not None and len(rasters) != len(images):
-            raise ValueError(
-                f"{key} has {len(rasters)} paths, allowed is one for each of the {len(images)} "
-                "images"
-            )
-    if instances is not None and labels is None:
-        raise ValueError(
-            f"instances has {len(instances)} paths and labels is missing, allowed are instances "
-            "of images that have labels"
-        )
-    if image_labels is not None:
-        _check_image_labels(image_labels, len(images))
-    if not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"level is {level}, allowed is 0 to {MAX_LEVEL}")
     inputs: dict[str, Input] = {}
-    for index, image in enumerate(images):
-        label_raster = None if labels is None else Path(labels[index])
-        instance_raster = None if instances is None else Path(instances[index])
-        label = None if image_labels is None else int(image_labels[index])
-        name = image_name(image)
-        if name in inputs:
-            raise ValueError(
-                f"{image}: would be stored as {name!r}, and so would {inputs[name].image}"
-            )
-        if instance_raster is not None and len(name) > MAX_NAME_WITH_INSTANCES:
-            raise ValueError(
-                f"{image}: its name in the shards has {len(name)} characters, allowed with "
-                f"instances is {MAX_NAME_WITH_INSTANCES}"
-            )
-        with open_image(image, level, reader) as opened:
-            rows, cols = block_grid(opened.height, opened.width, opened.tile)
-            if rows * cols > MAX_BLOCKS:
-                raise ValueError(f"{image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
-            if label_raster is not None:
-                with open_raster(label_raster) as raster:
-                    _check_raster(raster, opened, "labels")
-            if instance_raster is not None:
-                with open_raster(instance_raster) as raster:
-                    _check_raster(raster, opened, "instances")
-                    if raster.jpeg:
-                        raise ValueError(
-                            f"{instance_raster}: its compression is JPEG, allowed for instances "
-                            "is one without loss"
-                        )
-        inputs[name] = Input(
-            name,
-            Path(image),
-            label_raster,
-            instance_raster,
-            label,
-            level,
-            rows * cols,
-            opened.name,
-            opened.why,
-        )
+    for entry in entries:
+        try:
+            name = image_name(entry.image)
+            if name in inputs:
+                raise ValueError(
+                    f"{entry.image}: would be stored as {name!r}, and so would "
+                    f"{inputs[name].entry.image}"
+                )
+            inputs[name] = _checked(entry, name, how, classes)
+        except ValueError as error:
+            if refused is None:
+                raise
+            refused(entry, error)
     return list(inputs.values())
 
 
-def _check_image_labels(labels: Sequence[int], images: int) -> None:
-    if len(labels) != images:
+def _checked(entry: Entry, name: str, how: Sharding, classes: Mapping[str, int] | None) -> Input:
+    if entry.instances is not None and len(name) > MAX_NAME_WITH_INSTANCES:
         raise ValueError(
-            f"image_labels has {len(labels)} classes, allowed is one for each of the {images} "
-            "images"
+            f"{entry.image}: its name in the shards has {len(name)} characters, allowed with "
+            f"instances is {MAX_NAME_WITH_INSTANCES}"
         )
-    for index, label in enumerate(labels):
-        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
-        if not whole or not 0 <= label <= MAX_LABEL:
-            raise ValueError(
-                f"image_labels[{index}] is {shown(label)}, allowed is a class from 0 to {MAX_LABEL}"
-            )
+    if entry.group is not None and not NAME.fullmatch(entry.group):
+        raise ValueError(f"{entry.image}: group is {entry.group!r}, allowed is {NAME_WORDS}")
+    level = how.level
+    if how.mpp is not None:
+        level, _ = choose_level(entry.image, how.reader, how.mpp, entry.mpp)
+    with open_stored(entry, how) as image:
+        head = _head_of(image, entry, name, how, level)
+        reader, why, copied = image.name, image.why, image.jpeg
+    rows, cols = head.block_grid
+    if rows * cols > MAX_BLOCKS:
+        raise ValueError(f"{entry.image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
+    labelled = "none"
+    labels = _labels(entry, head, how, classes)
+    if labels is not None:
+        with labels:
+            labelled = labels.why
+        head = replace(head, classes=0)
+    if entry.instances is not None:
+        with open_instances(entry.instances, head.height, head.width):
+            head = replace(head, instances=0)
+    return Input(entry, how, head, reader, why, level, copied, classes, labelled)
 
 
-def _check_raster(raster: Reader, image: Reader, kind: str) -> None:
-    allowed = {"labels": ("uint8",), "instances": ("uint8", "uint16")}[kind]
-    if raster.dtype not in allowed:
-        raise ValueError(
-            f"{raster.path}: its pixels are {raster.dtype}, allowed is {' or '.join(allowed)} "
-            f"for {kind}"
-        )
-    if raster.bands != 1:
-        raise ValueError(f"{raster.path}: has {raster.bands} bands, allowed for {kind} is 1")
-    if (raster.height, raster.width) != (image.height, image.width):
-        raise ValueError(
-            f"{raster.path}: is {raster.height} x {raster.width} px, allowed for {kind} is the "
-            f"size of {image.path}, {image.height} x {image.width}"
-        )
+def _head_of(image: Reader, entry: Entry, name: str, how: Sharding, level: int) -> Head:
+    encoding = image.kind.lossless
+    if image.jpeg or (how.encode == "jpeg" and "jpg" in image.kind.encodings):
+        encoding = "jpg"
+    mpp = image.mpp
+    if entry.mpp is not None and how.mpp is None:
+        mpp = entry.mpp * image.downsample
+    return Head(
+        name=name,
+        height=image.height,
+        width=image.width,
+        tile=image.tile,
+        mpp=mpp,
+        level=level,
+        downsample=image.downsample,
+        encoding=encoding,
+        classes=None,
+        source_sha256="",
+        group=entry.group or name,
+        blocks=(),
+        label=entry.label,
+        bands=image.bands,
+        dtype=image.dtype,
+        crs=image.info.crs,
+        transform=image.info.transform,
+        block=how.block,
+    )
+
+
+def _labels(
+    entry: Entry, head: Head, how: Sharding, classes: Mapping[str, int] | None
+) -> LabelSource | None:
+    if entry.labels is None:
+        return None
+    return open_labels(
+        Path(entry.labels),
+        head.height,
+        head.width,
+        downsample=head.downsample,
+        transform=head.transform,
+        crs=head.crs,
+        classes=classes,
+        background=how.background,
+    )

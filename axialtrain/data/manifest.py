@@ -10,6 +10,7 @@ from axialtrain.data.checked import Record
 from axialtrain.data.kinds import Kind
 from axialtrain.data.names import NAME, NAME_WORDS, SHARD, SHARD_WORDS
 from axialtrain.data.records import absent_or, check_apart, dump, fields_of
+from axialtrain.data.statistics import Statistics
 
 FORMAT_VERSION = 1
 UNLABELLED = 255  # label of a pixel that is no target
@@ -33,7 +34,8 @@ class ImageRow:
     height, width: px. classes: the largest label of its raster + 1, 0 where all is unlabelled, None
     without a raster. label: the class of the whole image, None where it has none. instances: the
     largest number in its instance raster, None without one; only an image with labels has one.
-    bands, dtype: of its pixels; absent in JSON for RGB of 8 bits.
+    bands, dtype: of its pixels; absent in JSON for RGB of 8 bits. statistics: of its bands, None
+    where they were not taken.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ImageRow:
     instances: int | None = None
     bands: int = Kind.bands
     dtype: str = Kind.dtype
+    statistics: Statistics | None = None
 
     @property
     def kind(self) -> Kind:
@@ -83,6 +86,7 @@ class ImageRow:
             instances=absent_or(item, "instances", MAX_INSTANCE),
             bands=kind.bands,
             dtype=kind.dtype,
+            statistics=_statistics(item, kind),
         )
         if row.instances is not None and row.classes is None:
             raise item.wrong("instances", "none where there are no labels (classes is null)")
@@ -99,6 +103,14 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of the manifest: says whether two runs read the same data."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of all images together; None where an image has none, or they are not of one kind."""
+        known = [row.statistics for row in self.images if row.statistics is not None]
+        if len(known) < len(self.images) or len({row.kind for row in self.images}) > 1:
+            return None
+        return Statistics.joined(known)
 
     def to_json(self) -> bytes:
         rows = [fields_of(row) for row in self.images]
@@ -124,3 +136,10 @@ class Manifest:
         for shard, ranges in by_shard.items():
             check_apart(f"{where}: {shard}", ranges)
         return Manifest(rows)
+
+
+def _statistics(item: Record, kind: Kind) -> Statistics | None:
+    given = item.values.get("statistics")
+    if given is None:
+        return None
+    return Statistics.from_record(Record.of(given, f"{item.where}: statistics"), kind.bands)

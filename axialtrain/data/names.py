@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-BLOCK = 8  # tiles along each side of a block
+BLOCK = 8  # tiles along each side of a block, where nothing else is said
+BLOCKS = (1, 2, 4, 8)  # what may be said: a tile's number in its block has two digits
 LABELS = "labels.png"  # a block's member
 INSTANCES = "instances.png"  # and another
 MASK = "mask.png"  # and another
@@ -46,6 +47,11 @@ def head_key(image: str) -> str:
     return f"{image}/head"
 
 
-def tile_member(row: int, col: int, encoding: str) -> str:
+def tile_number(row: int, col: int, block: int = BLOCK) -> int:
+    """Number, within its block of `block` x `block`, of the tile at (row, col) of the image."""
+    return row % block * block + col % block
+
+
+def tile_member(row: int, col: int, encoding: str, block: int = BLOCK) -> str:
     """Name, within its block's sample, of the tile at (row, col) of the image."""
-    return f"{row % BLOCK * BLOCK + col % BLOCK:02d}.{encoding}"
+    return f"{tile_number(row, col, block):02d}.{encoding}"

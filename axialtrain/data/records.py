@@ -25,6 +25,8 @@ _LATER: dict[str, object] = {
     "masked": False,
     "crs": None,
     "transform": None,
+    "statistics": None,
+    "empty": (),
 }
 
 

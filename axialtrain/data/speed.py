@@ -87,7 +87,8 @@ def _sample(shards: Shards, rows: list[ImageRow]) -> Iterator[tuple[ImageRow, Re
     for _ in range(MOST_REGIONS):
         row = rows[bisect_right(ends, int(rng.integers(ends[-1])))]
         most = math.isqrt(_MAX_PIXELS_BYTES // row.kind.pixel_bytes)
-        side = min(BLOCK * shards.head(row.name).tile, most)
+        head = shards.head(row.name)
+        side = min(head.block * head.tile, most)
         top = int(rng.integers(max(row.height - side, 0) + 1))
         left = int(rng.integers(max(row.width - side, 0) + 1))
         yield row, Rect(top, min(top + side, row.height), left, min(left + side, row.width))

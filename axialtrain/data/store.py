@@ -45,6 +45,7 @@ from axialtrain.data.manifest import (  # noqa: F401 (they are part of the forma
 )
 from axialtrain.data.names import (  # noqa: F401 (they are part of the format)
     BLOCK,
+    BLOCKS,
     INSTANCES,
     LABELS,
     MASK,
@@ -59,6 +60,7 @@ from axialtrain.data.names import (  # noqa: F401 (they are part of the format)
     is_shard_name,
     shard_name,
     tile_member,
+    tile_number,
 )
 from axialtrain.data.records import absent_or, check_apart, dump, fields_of
 from axialtrain.grid import Rect
@@ -85,10 +87,11 @@ def max_block_bytes(
     *,
     instances: bool,
     masked: bool = False,
+    block: int = BLOCK,
 ) -> int:
     """The most that a block may take, labels, index and tar headers included."""
     rasters = tile * tile * (2 + 4 * instances + 2 * masked)  # twice what they take in memory
-    return BLOCK * BLOCK * (max_tile_bytes(tile, kind) + rasters + 2 * TAR_RECORD) + (1 << 20)
+    return block * block * (max_tile_bytes(tile, kind) + rasters + 2 * TAR_RECORD) + (1 << 20)
 
 
 def count_classes(labels: NDArray[np.uint8]) -> int:
@@ -140,12 +143,12 @@ class BlockIndex:
         record = Record.parse(data, where)
         record.integer("row", row, row)
         record.integer("col", col, col)
-        rows, cols = head.tile_grid
+        (top, bottom), (left, right) = head.tiles_of_block(row, col)
         tiles: dict[tuple[int, int], Tile] = {}
-        for item in record.records("tiles", BLOCK * BLOCK):
-            r = item.integer("row", row * BLOCK, min(row * BLOCK + BLOCK, rows) - 1)
-            c = item.integer("col", col * BLOCK, min(col * BLOCK + BLOCK, cols) - 1)
-            member = tile_member(r, c, head.encoding)
+        for item in record.records("tiles", head.block * head.block):
+            r = item.integer("row", top, bottom - 1)
+            c = item.integer("col", left, right - 1)
+            member = tile_member(r, c, head.encoding, head.block)
             item.text("member", re.compile(re.escape(member)), f"{member!r} for this tile")
             if (r, c) in tiles:
                 raise ValueError(f"{item.where}: tile row={r} col={c} stands there twice")
@@ -161,13 +164,18 @@ class BlockIndex:
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """Where a block lies in its shard: bytes [offset, offset + length), headers included."""
+    """Where a block lies in its shard: bytes [offset, offset + length), headers included.
+
+    empty: numbers, in the block, of the tiles of the image that are not stored; in shards of before
+    they were recorded, of none.
+    """
 
     row: int
     col: int
     offset: int
     length: int
     crc32c: int
+    empty: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,8 @@ class Head:
     level, downsample: which level of the source's pyramid this is, and its px per px of level 0.
     encoding: of the tiles, one of ENCODINGS. classes, label, instances, bands, dtype: as in
     ImageRow. masked: whether blocks may have a mask. crs, transform: as in `georeference`.
-    group: images that belong in the same split. thumbnail_crc32c: None in shards of before it was
+    group: images that belong in the same split. block: tiles along each side of a block.
+    thumbnail_crc32c: None in shards of before it was
     stored.
     """
 
@@ -202,6 +211,7 @@ class Head:
     masked: bool = False
     crs: str | None = None
     transform: tuple[float, ...] | None = None
+    block: int = BLOCK
 
     @property
     def kind(self) -> Kind:
@@ -218,14 +228,27 @@ class Head:
 
     @property
     def block_grid(self) -> tuple[int, int]:
-        return block_grid(self.height, self.width, self.tile)
+        return block_grid(self.height, self.width, self.tile, self.block)
+
+    def tiles_of_block(self, row: int, col: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(first, end) row, and (first, end) column, of the tiles of block (row, col)."""
+        rows, cols = self.tile_grid
+        top, left = row * self.block, col * self.block
+        return (top, min(top + self.block, rows)), (left, min(left + self.block, cols))
+
+    def is_empty(self, entry: BlockEntry) -> bool:
+        """Whether none of the block's tiles is stored, as far as that was recorded."""
+        (top, bottom), (left, right) = self.tiles_of_block(entry.row, entry.col)
+        return len(entry.empty) == (bottom - top) * (right - left)
 
     def block_rect(self, row: int, col: int) -> Rect:
         """The pixels of block (row, col) that lie in the image."""
-        return Rect(row, row + 1, col, col + 1).scaled(BLOCK * self.tile).intersect(self.rect)
+        side = self.block * self.tile
+        return Rect(row, row + 1, col, col + 1).scaled(side).intersect(self.rect)
 
     def to_json(self) -> bytes:
-        return dump({"version": FORMAT_VERSION, "block": BLOCK, **fields_of(self)})
+        blocks = [fields_of(entry) for entry in self.blocks]
+        return dump({"version": FORMAT_VERSION, **fields_of(self), "blocks": blocks})
 
     @staticmethod
     def from_json(data: bytes, row: ImageRow, shard_bytes: int, where: str) -> Head:
@@ -236,7 +259,9 @@ class Head:
         height = record.integer("height", row.height, row.height)
         width = record.integer("width", row.width, row.width)
         tile = record.integer("tile", MIN_TILE, MAX_TILE)
-        record.integer("block", BLOCK, BLOCK)
+        block = record.integer("block", BLOCKS[0], BLOCKS[-1])
+        if block not in BLOCKS:
+            raise record.wrong("block", f"one of {', '.join(map(str, BLOCKS))}")
         mpp = None if record.values.get("mpp") is None else record.number("mpp", 1e-9, 1e9)
         if record.integer_or_none("classes", 0, UNLABELLED) != row.classes:
             raise record.wrong("classes", f"{row.classes}, as in {MANIFEST}")
@@ -256,15 +281,15 @@ class Head:
         if encoding not in row.kind.encodings:
             raise record.wrong("encoding", f"{' or '.join(row.kind.encodings)} for {row.kind}")
         crs, transform = georeference_of(record)
-        rows, cols = block_grid(height, width, tile)
+        rows, cols = block_grid(height, width, tile, block)
         if rows * cols > MAX_BLOCKS:
             raise record.wrong("tile", f"a size that makes at most {MAX_BLOCKS} blocks")
         has_instances = row.instances is not None
-        most = max_block_bytes(tile, row.kind, instances=has_instances, masked=masked)
+        most = max_block_bytes(tile, row.kind, instances=has_instances, masked=masked, block=block)
         most = min(most, shard_bytes)
         blocks: dict[tuple[int, int], BlockEntry] = {}
         for item in record.records("blocks", rows * cols):
-            entry = _block_entry(item, (rows, cols), most, shard_bytes)
+            entry = _block_entry(item, (rows, cols), most, shard_bytes, block)
             blocks[entry.row, entry.col] = entry
         if len(blocks) != rows * cols:
             raise ValueError(
@@ -297,10 +322,13 @@ class Head:
             masked=masked,
             crs=crs,
             transform=transform,
+            block=block,
         )
 
 
-def _block_entry(item: Record, grid: tuple[int, int], most: int, shard_bytes: int) -> BlockEntry:
+def _block_entry(
+    item: Record, grid: tuple[int, int], most: int, shard_bytes: int, block: int
+) -> BlockEntry:
     length = item.integer("length", TAR_RECORD, most)
     return BlockEntry(
         row=item.integer("row", 0, grid[0] - 1),
@@ -308,10 +336,21 @@ def _block_entry(item: Record, grid: tuple[int, int], most: int, shard_bytes: in
         offset=item.integer("offset", 0, shard_bytes - length),
         length=length,
         crc32c=item.integer("crc32c", 0, _CRC_MAX),
+        empty=_empty(item, block * block) if "empty" in item.values else (),
     )
 
 
-def block_grid(height: int, width: int, tile: int) -> tuple[int, int]:
+def _empty(item: Record, most: int) -> tuple[int, ...]:
+    numbers: list[int] = []
+    for number in item.items("empty", most):
+        least = numbers[-1] + 1 if numbers else 0
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number < most:
+            raise item.wrong("empty", f"numbers from 0 to {most - 1}, each larger than the last")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def block_grid(height: int, width: int, tile: int, block: int = BLOCK) -> tuple[int, int]:
     """(rows, cols) of blocks of an image of height x width px."""
-    side = BLOCK * tile
+    side = block * tile
     return -(-height // side), -(-width // side)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axialtrain.cli import main
-from axialtrain.data import shard
+from axialtrain.data import encode
 from axialtrain.data.codec import encode_png
 from axialtrain.data.config import DataConfig
 from axialtrain.data.loader import Loader
@@ -261,17 +261,17 @@ def test_hostile_member_is_refused_with_its_place(
     raster = tmp_path / "raster.tif"
     tifffile.imwrite(raster, np.ones((70, 50), np.uint16), tile=(16, 16))
     if wrong is None:
-        members = shard._members
+        members = encode.members
         monkeypatch.setattr(
-            shard,
-            "_members",
+            encode,
+            "members",
             lambda key, sample: members(
                 key, {k: v for k, v in sample.items() if k != "instances.png"}
             ),
         )
     else:
         monkeypatch.setattr(
-            shard,
+            encode,
             "encode_png",
             lambda pixels: wrong if pixels.dtype == np.uint16 else encode_png(pixels),
         )

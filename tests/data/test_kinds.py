@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from test_store import HEAD, ROW
 
-from axialtrain.data import shard
+from axialtrain.data import encode
 from axialtrain.data.codec import decode, encode_png
 from axialtrain.data.config import DataConfig
 from axialtrain.data.kinds import DTYPES, Kind
@@ -186,7 +186,7 @@ def test_hostile_tiles_and_masks_are_named(tmp_path: Path, monkeypatch: pytest.M
     pixels = pixels_of(Kind(2, "float32"))
     pixels[3, 4] = np.nan
     with monkeypatch.context() as patch:
-        patch.setattr(shard, "encode_tiff", lambda tile: encode_tiff(tile * np.float32(np.nan)))
+        patch.setattr(encode, "encode_tiff", lambda tile: encode_tiff(tile * np.float32(np.nan)))
         (tmp_path / "nan").mkdir()
         url = shards_of(tmp_path / "nan", pixels)
     with pytest.raises(ValueError, match=r"00\.tif: holds numbers that are not finite"):
@@ -196,7 +196,7 @@ def test_hostile_tiles_and_masks_are_named(tmp_path: Path, monkeypatch: pytest.M
         ("size", np.zeros((4096, 4096), np.uint8), r"is of shape \(4096, 4096, 1\) where \(48, 80"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(shard, "encode_png", lambda _, mask=mask: encode_png(mask))
+            patch.setattr(encode, "encode_png", lambda _, mask=mask: encode_png(mask))
             (tmp_path / name).mkdir()
             url = shards_of(tmp_path / name, pixels)
         with pytest.raises(ValueError, match=rf"mask\.png: {message}"):

@@ -15,7 +15,7 @@ from fsspec.registry import known_implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axialtrain.data import shard
+from axialtrain.data import encode
 from axialtrain.data.codec import encode_png
 from axialtrain.data.fetch import merge
 from axialtrain.data.readers import open_image
@@ -224,8 +224,8 @@ def test_tile_that_would_take_more_memory_is_not_decoded(
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.zeros((16, 16, 3), np.uint8), tile=(16, 16), photometric="rgb")
     bomb = encode_png(np.zeros((4096, 4096, 3), np.uint8))
-    monkeypatch.setattr(shard, "encode_png", lambda pixels: bomb)
-    shard.shard_images([path], tmp_path / "out", progress=False)
+    monkeypatch.setattr(encode, "encode_png", lambda pixels: bomb)
+    shard_images([path], tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match=r"00\.png: is of shape \(4096, 4096, 3\) where \(16, 16"):
         open_shards(str(tmp_path / "out")).read("a", 0, 0, 4, 4)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from axialtrain.cli import main
-from axialtrain.data import shard
+from axialtrain.data import encode
 from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
@@ -89,9 +89,9 @@ def test_without_instances_the_bytes_are_those_of_before_there_were_any(
     to_json = Head.to_json
     monkeypatch.setattr(Head, "to_json", lambda head: to_json(replace(head, thumbnail_crc32c=None)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shard, "encode_png", lambda pixels: pixels.tobytes())
-    monkeypatch.setattr(shard, "encode_jpeg", lambda pixels, quality: pixels.tobytes())
-    monkeypatch.setattr(shard, "_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(encode, "encode_png", lambda pixels: pixels.tobytes())
+    monkeypatch.setattr(encode, "encode_jpeg", lambda pixels, quality: pixels.tobytes())
+    monkeypatch.setattr(encode, "_sha256", lambda path: "0" * 64)
     pixels = np.arange(40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
     tifffile.imwrite("a.tif", pixels, tile=(16, 16), photometric="rgb")
     tifffile.imwrite("labels.tif", pixels[..., 0] % 7, tile=(16, 16))
@@ -103,8 +103,8 @@ def test_without_instances_the_bytes_are_those_of_before_there_were_any(
 def test_plain_tools_read_the_shards(tmp_path: Path) -> None:
     image, labels = write(tmp_path, compression="jpeg")
     summary = shard_images([image], tmp_path / "out", labels=[labels], progress=False)
-    assert (summary.images, summary.shards, summary.blocks) == (1, 1, 6)
-    assert summary.tiles == summary.copied == 19 * 13
+    assert (len(summary.images), summary.shards, summary.total("blocks")) == (1, 1, 6)
+    assert summary.total("tiles") == summary.total("copied") == 19 * 13
     path = tmp_path / "out" / "shard-00000.tar"
     assert summary.bytes == path.stat().st_size
     listed = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True)
@@ -126,7 +126,7 @@ def test_plain_tools_read_the_shards(tmp_path: Path) -> None:
 def test_tiles_without_jpeg_are_stored_without_loss(tmp_path: Path) -> None:
     image, _ = write(tmp_path)
     summary = shard_images([image], tmp_path / "out", progress=False)
-    assert (summary.copied, summary.tiles) == (0, 19 * 13)
+    assert (summary.total("copied"), summary.total("tiles")) == (0, 19 * 13)
     shards = open_shards(str(tmp_path / "out"))
     np.testing.assert_array_equal(shards.read("a.b", 0, 0, 300, 200), PIXELS)
     assert (shards.has_labels, shards.classes) == (False, None)
@@ -166,7 +166,9 @@ def test_folder_that_may_not_be_written_to_is_named(
         raise OSError(28, "no space")
 
     monkeypatch.setattr(Path, "mkdir", failing)
-    with pytest.raises(ValueError, match=r"other: cannot be the folder of the shards .*no space"):
+    with pytest.raises(
+        ValueError, match=r"other/\.shard: cannot be the folder of unfinished work .*no space"
+    ):
         shard_images([image], tmp_path / "other", progress=False)
 
 
@@ -236,7 +238,7 @@ def test_longest_names_are_read_back(name: str, tmp_path_factory: pytest.TempPat
 
 def test_member_of_100_characters_has_a_plain_header() -> None:
     key = block_key("n" * MAX_NAME, MAX_LEVEL, 99999, 99999)
-    data = shard._members(key, {"labels.png": b"x"})
+    data = encode.members(key, {"labels.png": b"x"})
     assert len(data) == 2 * TAR_RECORD
     assert data[:100] == f"{key}.labels.png".encode()
 
@@ -326,7 +328,7 @@ def test_failure_midway_leaves_no_final_file(
             raise KeyboardInterrupt
         return b"x" * 512
 
-    monkeypatch.setattr(shard, "_members", members)
+    monkeypatch.setattr(encode, "members", members)
     with pytest.raises(KeyboardInterrupt):
         shard_images([image], tmp_path / "out", progress=False)
     assert len(written) == 3
@@ -339,7 +341,7 @@ def test_absent_tiles_stay_absent(tmp_path: Path) -> None:
     tifffile.imwrite(
         path, iter(tiles), shape=(64, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb"
     )
-    assert shard_images([path], tmp_path / "out", progress=False).tiles == 1
+    assert shard_images([path], tmp_path / "out", progress=False).total("tiles") == 1
     shards = open_shards(str(tmp_path / "out"))
     region = shards.region("a", shards.head("a").rect)
     assert region.present[:, :64].all()
@@ -349,7 +351,7 @@ def test_absent_tiles_stay_absent(tmp_path: Path) -> None:
 def test_slide_is_copied_without_decoding(sample: Callable[[str], Path], tmp_path: Path) -> None:
     path = sample("CMU-1-Small-Region.svs")
     summary = shard_images([path], tmp_path, progress=False)
-    assert summary.copied == summary.tiles == 13 * 10
+    assert summary.total("copied") == summary.total("tiles") == 13 * 10
     shards = open_shards(str(tmp_path))
     head = shards.head("CMU-1-Small-Region")
     assert (head.tile, head.encoding, head.level) == (240, "jpg", 0)

@@ -52,7 +52,7 @@ def through(path: Path, out: Path, **options: Any) -> tuple[Region, Head]:
     np.testing.assert_array_equal(
         shards.read(row.name, 3, -5, 40, 70)[:, 5:], region.pixels[3:43, :65]
     )
-    assert summary.tiles == region.tiles_decoded
+    assert summary.total("tiles") == region.tiles_decoded
     return region, head
 
 

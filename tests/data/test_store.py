@@ -242,7 +242,7 @@ def test_manifest_that_is_none_is_refused(data: bytes, message: str) -> None:
     [
         ("tile", 0),
         ("tile", 1 << 20),
-        ("block", 4),
+        ("block", 3),
         ("height", 301),
         ("mpp", float("nan")),
         ("encoding", "gif"),

@@ -163,6 +163,9 @@ class Reader:
                 f"({self._rows - 1}, {self._cols - 1})"
             )
 
+    def close(self) -> None:
+        self._source.close()
+
     def __enter__(self) -> Reader:
         return self
 
@@ -172,7 +175,7 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._source.close()
+        self.close()
 
 
 def tiles_of(rect: Rect, height: int, width: int, tile: int) -> Iterator[tuple[int, int, Rect]]:
