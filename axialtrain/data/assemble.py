@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from axialtrain.data.checked import Record
 from axialtrain.data.destination import Destination
-from axialtrain.data.encode import picture_of, row_of, runs_of, write_head
+from axialtrain.data.encode import measured, picture_of, row_of, runs_of, write_head
 from axialtrain.data.inputs import Input
 from axialtrain.data.making import Made, in_order
 from axialtrain.data.records import dump, fields_of
@@ -22,6 +23,7 @@ from axialtrain.data.sharding import Sharding
 from axialtrain.data.statistics import Statistics
 from axialtrain.data.store import TAR_RECORD, ImageRow, shard_name
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _TAR_END = bytes(2 * TAR_RECORD)
 
 
@@ -93,7 +95,7 @@ class Assembler:
         self, split: str, jobs: Sequence[Input], pool: Executor, ahead: int, bar: tqdm[NoReturn]
     ) -> None:
         """All shards of a split, but for those that are there."""
-        finished = self._parts.finished(split)
+        finished = self._there(split)
         for shard, records in finished.items():
             images = [_image_of(record, f"{self._parts.folder}: {shard}") for record in records]
             self._images += images
@@ -101,14 +103,14 @@ class Assembler:
             bar.update(sum(image.blocks for image in images))
         there = {image.row.name for image in self._images}
         left = (job for job in jobs if job.name not in there)
-        done = self._good(in_order(left, self._parts, pool, ahead))
+        done = self._good(in_order(left, self._parts, pool, ahead, bar))
         number, made = len(finished), next(done, None)
         while made is not None:
             shard, records, jobs_of = shard_name(number), [], []
             with self._place.file(path_of(split, shard)) as file:
                 while made is not None and file.tell() < self._how.shard_bytes:
                     jobs_of.append(made.job)
-                    records.append(self._append(made, split, shard, file, bar))
+                    records.append(self._append(made, split, shard, file))
                     made = next(done, None)
                 file.write(_TAR_END)
                 records[-1]["end"] = file.tell()
@@ -127,32 +129,51 @@ class Assembler:
             raise ValueError(f"{out}: no image could be stored; the first: {skipped[0][1]}")
         return Summary(out, tuple(self._images), self._shards, self._bytes, skipped)
 
+    def _there(self, split: str) -> dict[str, list[dict[str, Any]]]:
+        """The shards that were finished, and their images, up to the first that is not there."""
+        finished = self._parts.finished(split)
+        names = list(finished)
+        for number, shard in enumerate(names):
+            if self._place.size(path_of(split, shard)) != finished[shard][-1]["end"]:
+                self._parts.unfinish(split, names[number:])
+                return {name: finished[name] for name in names[:number]}
+        return finished
+
     def _good(self, done: Iterable[Made]) -> Iterator[Made]:
         """Those that did not fail, each with its runs made; the first that did, as an error."""
         for made in done:
             try:
                 made.wait()
             except (ValueError, OSError) as error:
+                if self._is_of_storage(error):
+                    where = self._parts.folder
+                    raise ValueError(f"{where}: cannot be written to ({error})") from error
                 if not self._skip_errors:
                     raise ValueError(_named(made.job, error)) from error
                 self._skipped.append((str(made.job.entry.image), _named(made.job, error)))
             else:
                 yield made
 
-    def _append(
-        self, made: Made, split: str, shard: str, file: BinaryIO, bar: tqdm[NoReturn]
-    ) -> dict[str, Any]:
+    def _is_of_storage(self, error: Exception) -> bool:
+        """Whether it is no fault of an image: what was made of it found no room."""
+        return isinstance(error, OSError) and (
+            error.errno in _NO_ROOM or str(error.filename).startswith(str(self._parts.folder))
+        )
+
+    def _append(self, made: Made, split: str, shard: str, file: BinaryIO) -> dict[str, Any]:
         """Put an image at the end of the shard; returns the record of it."""
         job, seen, runs = made.job, made.seen, made.runs
         starts = []
-        for number, run in enumerate(runs):
+        for number in range(len(runs)):
             starts.append(file.tell())
             with self._parts.blocks_of(job.name, number).open("rb") as part:
                 shutil.copyfileobj(part, file, 1 << 20)
-            bar.update(len(run.blocks))
         end = file.tell()
         head = write_head(job, seen, runs, starts, file)
-        statistics = Statistics.joined(run.statistics for run in runs if run.statistics is not None)
+        statistics = None
+        if measured(job):
+            none = Statistics.none(job.head.bands)
+            statistics = Statistics.joined([none, *(run.statistics or none for run in runs)])
         row = row_of(head, end, shard, statistics)
         if self._pictures:
             with self._place.file(path_of(split, f"pictures/{job.name}.jpg")) as picture:

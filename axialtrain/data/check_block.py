@@ -86,24 +86,29 @@ def check_block(
                 member=prefix + name,
                 image=head.name,
             )
-        said_empty = [
-            tile.member
-            for tile in index.tiles
-            if tile_number(tile.row, tile.col, head.block) in entry.empty
-        ]
-        for name in said_empty:
-            faults.add(
-                "is stored, and empty in the head of its image",
-                MADE_SO,
-                offset=entry.offset,
-                member=prefix + name,
-                image=head.name,
-            )
+        _check_empty(index, entry, prefix, head, faults)
     for name, crc in stored.items():
         if name in members.data:
             _check_member(name, crc, members, entry, prefix, head, faults, largest)
     if google_crc32c.value(data) != entry.crc32c and faults.count == before:
         _say_where(data, members, entry, prefix, head, faults)
+
+
+def _check_empty(
+    index: BlockIndex, entry: BlockEntry, prefix: str, head: Head, faults: Faults
+) -> None:
+    """Where the head says which tiles are empty, all others are there, and none of these."""
+    if not entry.empty:
+        return
+    stored = {tile_number(t.row, t.col, head.block): t.member for t in index.tiles}
+    wrong = {
+        stored[number]: "is stored, and empty in the head of its image"
+        for number in stored.keys() & set(entry.empty)
+    }
+    for number in head.numbers_of(entry.row, entry.col) - stored.keys() - set(entry.empty):
+        wrong[f"{number:02d}.{head.encoding}"] = "is neither stored nor empty in its image's head"
+    for name, what in sorted(wrong.items()):
+        faults.add(what, MADE_SO, offset=entry.offset, member=prefix + name, image=head.name)
 
 
 def _say_where(

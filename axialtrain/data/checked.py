@@ -24,6 +24,13 @@ def parsed(data: bytes | str, where: str) -> object:
         raise ValueError(f"{where}: not JSON, or cut short ({error})") from error
 
 
+def plain(text: str) -> str:
+    """`text` of a stranger, for people: what does not print, or is no text, is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 @dataclass(frozen=True)
 class Record:
     """A JSON object from `where`. Taking a wrong field raises a ValueError that names it."""

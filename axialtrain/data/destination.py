@@ -44,6 +44,15 @@ class Destination:
         with self._naming():
             return bool(self._fs.exists(f"{self.root}/{name}"))
 
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, None where there is none."""
+        with self._naming():
+            try:
+                size = self._fs.info(f"{self.root}/{name}").get("size")
+            except FileNotFoundError:
+                return None
+        return size if isinstance(size, int) else None
+
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A file that is at its place, whole, when the block ends."""
@@ -51,14 +60,14 @@ class Destination:
             path = self.local / name
             with self._naming():
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                yield file
+                with replacing(path) as file:
+                    yield file
             return
         path = self._work / "out" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            yield file
         with self._naming():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                yield file
             self._fs.put_file(str(path), f"{self.root}/{name}")
         path.unlink()
 

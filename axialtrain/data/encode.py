@@ -22,7 +22,7 @@ from webdataset import TarWriter
 from axialtrain.data.codec import decode, encode_jpeg, encode_png, jpeg_shape
 from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.inputs import Input, open_stored
-from axialtrain.data.kinds import Raster
+from axialtrain.data.kinds import MAX_BANDS, Raster
 from axialtrain.data.readers import Reader
 from axialtrain.data.readers.reader import Mask
 from axialtrain.data.statistics import Statistics, sampled
@@ -128,6 +128,7 @@ class _Writer:
         self, job: Input, kept: NDArray[np.bool_] | None, file: BinaryIO, files: ExitStack
     ) -> None:
         self._job, self._kept, self._file = job, kept, file
+        self._stored = job.tiles if kept is None else max(1, int(kept.sum()))  # or fewer
         self._image: Reader = files.enter_context(open_stored(job.entry, job.how))
         labels, numbers = job.open_labels(), job.open_instances()
         self._labels = None if labels is None else files.enter_context(labels)
@@ -196,7 +197,7 @@ class _Writer:
         image, head = self._image, self._job.head
         if self._kept is not None and not self._kept[row, col]:
             return None, None
-        wanted = self._job.how.statistics and sampled(row, col, *head.tile_grid)
+        wanted = measured(self._job) and sampled(row, col, self._stored)
         present = None
         if image.info.masked or not image.jpeg:
             tile = image.tile_at(row, col)
@@ -261,6 +262,11 @@ def picture_of(seen: Look, head: Head) -> bytes:
     small = decode(seen.thumbnail, jpeg_shape(seen.thumbnail))
     drawn = overview(small, kept, height=head.height, width=head.width, tile=head.tile)
     return encode_jpeg(drawn, _THUMBNAIL_QUALITY)
+
+
+def measured(job: Input) -> bool:
+    """Whether statistics of its bands are taken: not of vectors, too long for a manifest."""
+    return job.how.statistics and job.head.bands <= MAX_BANDS
 
 
 def row_of(head: Head, offset: int, shard: str, statistics: Statistics | None) -> ImageRow:

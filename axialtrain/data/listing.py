@@ -111,7 +111,7 @@ def _entry(cells: dict[str, str], table: Path, line: int) -> Entry:
         raise wrong("image", "a path")
     label, mpp, split = cells.get("label", ""), cells.get("mpp", ""), cells.get("split", "")
     whole = _NUMBER.fullmatch(label) is not None
-    if whole and int(label) > MAX_LABEL:
+    if whole and (len(label) > 9 or int(label) > MAX_LABEL):
         raise wrong("label", f"a class from 0 to {MAX_LABEL}, or a path")
     if cells.get("instances") and (whole or not label):
         raise wrong("instances", "nothing where label is no raster")

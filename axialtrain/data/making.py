@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -11,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from axialtrain.data.encode import Look, Run, look, runs_of, write_run
 from axialtrain.data.inputs import Input
@@ -41,8 +46,15 @@ class Made:
         return [future.result() for future in self.making]
 
 
-def in_order(jobs: Iterable[Input], parts: Scratch, pool: Executor, ahead: int) -> Iterator[Made]:
-    """The images in their order, while those `ahead` of them are being made."""
+def in_order(
+    jobs: Iterable[Input], parts: Scratch, pool: Executor, ahead: int, bar: tqdm[NoReturn]
+) -> Iterator[Made]:
+    """The images in their order, while those `ahead` of them are being made. bar: of blocks."""
+
+    def made(future: Future[Run]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            bar.update(len(future.result().blocks))
+
     left = iter(jobs)
     looking: deque[tuple[Input, Future[Look]]] = deque()
     making: deque[Made] = deque()
@@ -52,16 +64,11 @@ def in_order(jobs: Iterable[Input], parts: Scratch, pool: Executor, ahead: int) 
         while looking and len(making) < ahead:
             job, seen = looking.popleft()
             numbers = range(len(runs_of(job.head))) if seen.exception() is None else ()
-            making.append(
-                Made(
-                    job,
-                    seen,
-                    [
-                        pool.submit(_run, parts.folder, job, seen.result().kept, number)
-                        for number in numbers
-                    ],
-                )
-            )
+            making.append(Made(job, seen, []))
+            for number in numbers:
+                future = pool.submit(_run, parts.folder, job, seen.result().kept, number)
+                future.add_done_callback(made)
+                making[-1].making.append(future)
         if not making:
             return
         yield making.popleft()
@@ -85,7 +92,7 @@ def processes(jobs: int) -> Iterator[Executor]:
         yield _Here()
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -95,6 +102,19 @@ def processes(jobs: int) -> Iterator[Executor]:
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """A process of the pool leaves Ctrl-C to the one that started it, and ends when that has."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a process of a pool has one"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Here(Executor):

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -68,11 +68,15 @@ class Scratch:
             yield
 
     def begin(self, wanted: Mapping[str, Any]) -> None:
-        """Start, or go on with, a run that makes `wanted`.
+        """Start, or go on with, a run that makes `wanted`. What is left of one that is not known
+        goes first.
 
         ValueError, naming the first key that differs, where another one was begun here.
         """
         if not self.begun:
+            for left in ("parts", "done", "out"):
+                shutil.rmtree(self.folder / left, ignore_errors=True)
+            self._parts.mkdir()
             with replacing(self.folder / "run.json") as file:
                 file.write(dump(wanted))
             return
@@ -87,9 +91,16 @@ class Scratch:
 
     @contextmanager
     def part(self, image: str, number: int) -> Iterator[BinaryIO]:
-        """A file for the blocks of a run; there when the block ends, or not at all."""
-        with replacing(self.blocks_of(image, number)) as file:
+        """A file for the blocks of a run; there when the block ends, or not at all.
+
+        Under this process's own name until then: one that was orphaned may end a moment later, and
+        what it puts there is the same.
+        """
+        path = self.blocks_of(image, number)
+        own = path.with_name(f"{path.name}.{os.getpid()}")
+        with replacing(own) as file:
             yield file
+        own.replace(path)
 
     def blocks_of(self, image: str, number: int) -> Path:
         return self._parts / f"{image}.{number:05d}.blocks"
@@ -100,15 +111,17 @@ class Scratch:
             file.write(dump(asdict(run)))
 
     def run_of(self, image: str, number: int) -> Run | None:
-        """The part, None where it is not done."""
-        path = self._record(image, number)
-        if not path.exists():
+        """The part, None where it is not done, or not whole."""
+        path, data = self._record(image, number), self.blocks_of(image, number)
+        if not path.exists() or not data.exists():
             return None
         values = json.loads(path.read_bytes())
         blocks = tuple(
             BlockEntry(**(entry | {"empty": tuple(entry["empty"])}))
             for entry in values.pop("blocks")
         )
+        if data.stat().st_size != sum(entry.length for entry in blocks):
+            return None
         given = values.pop("statistics")
         statistics = None
         if given is not None:
@@ -135,6 +148,11 @@ class Scratch:
             path.name.removesuffix(".json"): json.loads(path.read_bytes())
             for path in sorted(folder.glob("*.tar.json"))
         }
+
+    def unfinish(self, split: str, shards: Iterable[str]) -> None:
+        """Say that shards are not at their places."""
+        for shard in shards:
+            (self.folder / "done" / split / f"{shard}.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """All of it, the record of the run first: what is left then is no run."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from axialtrain.data.store import MANIFEST, Manifest
 
 _FEW = 256  # blocks that one process makes sooner than others begin
 SCRATCH = ".shard"  # beside the shards, where they are on this machine
+RECORD = "shard.json"  # of the command that made them
+_LIBRARIES = ("axialtrain", "numpy", "tifffile", "imagecodecs", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -65,24 +70,39 @@ def shard_images(
 
     Everything is opened and compared before anything is written: ValueError names what is wrong.
     """
-    scratch = Path(str(out)) / SCRATCH
-    check_out(out, scratch)
+    check_out(out)
     how = Sharding(level=level, reader=reader, shard_bytes=shard_bytes)
     work = prepare(entries_of(images, labels, instances, image_labels), how)
-    try:
-        return make_shards(work, out, how, jobs=1, progress=progress)
-    finally:
-        clear(out)
+    return make_shards(work, out, how, jobs=1, keep=False, progress=progress)
 
 
-def check_out(out: str | Path, work: Path) -> Destination:
-    """Where the shards go; ValueError unless that is a folder without a manifest, or one that can
-    be made. work: the folder of unfinished work."""
-    place = Destination(out, work)
-    if place.has(MANIFEST) and not Scratch(work).begun:
-        raise ValueError(f"{out}: has a {MANIFEST} already, allowed is a new or an empty folder")
+def check_out(out: str | Path, splits: Iterable[str] = (), scratch: Path | None = None) -> None:
+    """ValueError unless `out` is a folder without shards, or one that can be made, or one in which
+    work was begun and has not ended. splits, scratch: as `make_shards` has them."""
+    parts = _scratch(out, scratch)
+    place = Destination(out, parts.folder)
     place.check()
-    return place
+    if not parts.begun:
+        for name in (MANIFEST, RECORD, *(path_of(split, MANIFEST) for split in splits)):
+            if place.has(name):
+                raise ValueError(
+                    f"{out}: has a {name} already, allowed is a new or an empty folder"
+                )
+
+
+def _scratch(out: str | Path, scratch: Path | None) -> Scratch:
+    """The folder of unfinished work: beside the shards, where they are on this machine; otherwise
+    `scratch`, or one in the working folder that is named after the URL."""
+    place = Destination(out, Path())
+    if place.local is not None:
+        if scratch is not None:
+            raise ValueError(
+                f"scratch is {scratch}, allowed is one for shards at a URL: that of {out} is "
+                "beside the shards, where others see it"
+            )
+        return Scratch(place.local / SCRATCH)
+    name = hashlib.sha256(place.url.encode()).hexdigest()[:12]
+    return Scratch(Path(f"{SCRATCH}-{name}") if scratch is None else scratch)
 
 
 def prepare(
@@ -122,6 +142,13 @@ def prepare(
     splits: dict[str, list[Input]] = {}
     for job, split in zip(inputs, named, strict=True):
         splits.setdefault(split or "", []).append(job)
+    for split in shares or ():
+        if split not in splits:
+            groups = len({job.head.group for job in inputs})
+            raise ValueError(
+                f"split {split} gets none of the {groups} groups of images, allowed is a share "
+                "that gets one at least"
+            )
     _check_groups(splits)
     return Work(splits, tuple(refused))
 
@@ -147,36 +174,45 @@ def make_shards(
     jobs: int | None = None,
     scratch: Path | None = None,
     resume: bool = False,
+    keep: bool = True,
     skip_errors: bool = False,
     progress: bool = True,
     pictures: bool = False,
+    finish: Callable[[Destination, Summary], None] | None = None,
 ) -> Summary:
     """Make the shards of `work` in the folder `out`, a path or a URL, each split in one of its own.
 
-    jobs: processes; None: as many cores as there are where there is much to do. scratch: the folder
-    of unfinished work, SCRATCH in `out` where that is on this machine. resume: go on with what is
-    there; without it, unfinished work is a ValueError. skip_errors: leave out images that fail.
-    pictures: also write the thumbnail of each image, with what is stored drawn in. progress: a bar.
+    jobs: processes; None: as many as cores there are where there is much to do. scratch: the folder
+    of unfinished work, where `out` is a URL. resume: go on with what is there; without it,
+    unfinished work is a ValueError, and so is none with it. keep: leave unfinished work where this
+    fails. skip_errors: leave out images that fail. pictures: also write the thumbnail of each
+    image, with what is stored drawn in. progress: a bar. finish: is called when all is there.
 
-    ValueError, naming the image, for one that fails; what was made stays in `scratch`.
+    ValueError, naming the image, for one that fails.
     """
-    scratch = Path(str(out)) / SCRATCH if scratch is None else scratch
-    place, parts = check_out(out, scratch), Scratch(scratch)
-    for split in filter(None, work.splits):
-        if place.has(f"{split}/{MANIFEST}") and not parts.begun:
-            raise ValueError(f"{out}/{split}: has a {MANIFEST} already, allowed is a new folder")
+    parts = _scratch(out, scratch)
+    place = Destination(out, parts.folder)
     if jobs is None:
         much = sum(job.blocks for job in work.inputs) > _FEW
         jobs = len(os.sched_getaffinity(0)) if much else 1
     elif jobs < 1:
         raise ValueError(f"jobs is {jobs}, allowed is at least 1")
-    with parts.held():
+    check_out(out, work.splits, scratch)
+    with parts.held(), ExitStack() as ends:
+        check_out(out, work.splits, scratch)  # nobody else can change that now
         if parts.begun and not resume:
             raise ValueError(
-                f"{scratch}: holds the unfinished work of another run, allowed is to go on with it "
-                "(--resume), or none: delete the folder to begin anew"
+                f"{parts.folder}: holds the unfinished work of another run, allowed is to go on "
+                "with it (--resume), or none: delete the folder to begin anew"
             )
-        parts.begin(_wanted(work, how))
+        if resume and not parts.begun:
+            raise ValueError(
+                f"{parts.folder}: holds no unfinished work, allowed to go on with (--resume) is a "
+                "run that was ended"
+            )
+        parts.begin({"out": place.url, **_wanted(work, how)})
+        if not keep:
+            ends.callback(parts.remove)
         maker = Assembler(place, parts, how, skip_errors, pictures)
         total = sum(job.blocks for job in work.inputs)
         with tqdm(total=total, unit="block", disable=not progress) as bar, processes(jobs) as pool:
@@ -188,21 +224,34 @@ def make_shards(
             if rows:
                 with place.file(path_of(split, MANIFEST)) as file:
                     file.write(Manifest(rows).to_json())
+        if finish is not None:
+            finish(place, summary)
+        parts.remove()
     return summary
 
 
-def clear(out: str | Path, scratch: Path | None = None) -> None:
-    """Remove the unfinished work of a run that has ended."""
-    Scratch(Path(str(out)) / SCRATCH if scratch is None else scratch).remove()
-
-
 def _wanted(work: Work, how: Sharding) -> dict[str, Any]:
-    """What a run that goes on must want as well: options, images, and when those were changed."""
+    """What a run that goes on must want as well: options, images and rasters as they are now, and
+    the libraries that encode them."""
     images = []
     for split, jobs in work.splits.items():
         for job in jobs:
-            entry = {k: None if v is None else str(v) for k, v in asdict(job.entry).items()}
-            stat = job.entry.image.stat()
-            images.append([split, entry, stat.st_size, stat.st_mtime_ns, job.classes])
+            entry = job.entry
+            files = [entry.image, entry.labels, entry.instances]
+            said = {k: None if v is None else str(v) for k, v in asdict(entry).items()}
+            stamps = [_stamp(path) for path in files if path is not None]
+            images.append([split, said, stamps, dict(job.classes or {})])
     digest = hashlib.sha256(repr(images).encode()).hexdigest()
-    return {**asdict(how), "images": digest}
+    return {**asdict(how), "images": digest, "versions": versions()}
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Size and time of change of a file, or of all files in a folder."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    stats = [(str(each), each.stat()) for each in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the bytes of shards."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import time
 from collections import Counter
@@ -138,7 +137,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def shard(parsed: argparse.Namespace) -> int:
     """Do what the command's arguments say; returns the exit status."""
-    from axialtrain.data.shard import check_out, clear, make_shards, prepare
+    from axialtrain.data.assemble import Summary
+    from axialtrain.data.checked import plain
+    from axialtrain.data.destination import Destination
+    from axialtrain.data.shard import check_out, make_shards, prepare
     from axialtrain.data.sharding import Sharding
     from axialtrain.data.splits import check_shares
     from axialtrain.data.summary import plan, write_summary
@@ -161,8 +163,9 @@ def shard(parsed: argparse.Namespace) -> int:
     shares = _pairs("split", parsed.split, float)
     check_shares(shares)
     classes = _pairs("classes", parsed.classes, int)
-    scratch = parsed.scratch or _scratch(parsed.out)
-    place = check_out(parsed.out, scratch)
+    if parsed.jobs is not None and parsed.jobs < 1:
+        raise ValueError(f"jobs is {parsed.jobs}, allowed is at least 1")
+    check_out(parsed.out, shares, parsed.scratch)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     work = prepare(
         _entries(parsed),
@@ -175,19 +178,24 @@ def shard(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         print(plan(work, parsed.out))
         return 0
+
+    names: list[str] = []
+
+    def finish(place: Destination, summary: Summary) -> None:
+        names.extend(write_summary(place, summary, how, time.monotonic() - clock, started))
+
     summary = make_shards(
         work,
         parsed.out,
         how,
         jobs=parsed.jobs,
-        scratch=scratch,
+        scratch=parsed.scratch,
         resume=parsed.resume,
         skip_errors=parsed.skip_errors,
         pictures=True,
+        finish=finish,
     )
-    names = write_summary(place, summary, how, time.monotonic() - clock, started)
-    clear(parsed.out, scratch)
-    print(summary)
+    print(plain(str(summary)))
     chosen = Counter((image.reader, image.why) for image in summary.images)
     for (reader, why), count in chosen.items():
         print(f"{count} read with {reader}: {why}")
@@ -228,7 +236,10 @@ def _group(pattern: str, image: Path) -> str:
         ) from None
     if found is None:
         raise ValueError(f"{image}: group {pattern!r} finds nothing in its name")
-    return found[1] if found.re.groups else found[0]
+    group = found[1] if found.re.groups else found[0]
+    if not group:
+        raise ValueError(f"{image}: group {pattern!r} finds nothing in its name")
+    return group
 
 
 def _pairs(key: str, given: Sequence[str], number: Callable[[str], _T]) -> Mapping[str, _T]:
@@ -245,12 +256,3 @@ def _pairs(key: str, given: Sequence[str], number: Callable[[str], _T]) -> Mappi
     if len(pairs) < len(given):
         raise ValueError(f"{key} has a name twice")
     return pairs
-
-
-def _scratch(out: str) -> Path:
-    """The folder of unfinished work: beside the shards, or here where those are elsewhere."""
-    from axialtrain.data.shard import SCRATCH
-
-    if "://" not in out:
-        return Path(out) / SCRATCH
-    return Path(f"{SCRATCH}-{hashlib.sha256(out.encode()).hexdigest()[:12]}")

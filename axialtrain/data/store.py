@@ -236,6 +236,11 @@ class Head:
         top, left = row * self.block, col * self.block
         return (top, min(top + self.block, rows)), (left, min(left + self.block, cols))
 
+    def numbers_of(self, row: int, col: int) -> frozenset[int]:
+        """The numbers, in block (row, col), of the tiles of the image."""
+        rows, cols = self.tiles_of_block(row, col)
+        return frozenset(tile_number(r, c, self.block) for r in range(*rows) for c in range(*cols))
+
     def is_empty(self, entry: BlockEntry) -> bool:
         """Whether none of the block's tiles is stored, as far as that was recorded."""
         (top, bottom), (left, right) = self.tiles_of_block(entry.row, entry.col)
@@ -301,7 +306,7 @@ class Head:
             [(e.offset, e.offset + e.length, f"block {e.row}, {e.col}") for e in blocks.values()]
             + [(*row.head_bytes, "the head")],
         )
-        return Head(
+        head = Head(
             name=row.name,
             height=height,
             width=width,
@@ -324,6 +329,13 @@ class Head:
             transform=transform,
             block=block,
         )
+        for entry in blocks.values():
+            if not head.numbers_of(entry.row, entry.col).issuperset(entry.empty):
+                raise ValueError(
+                    f"{where}: block {entry.row}, {entry.col}: empty names {entry.empty}, allowed "
+                    "are tiles of the image"
+                )
+        return head
 
 
 def _block_entry(

@@ -5,20 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 
 from axialtrain.data.assemble import Image, Summary
+from axialtrain.data.checked import plain
 from axialtrain.data.destination import Destination
-from axialtrain.data.shard import Work
+from axialtrain.data.shard import RECORD, Work, versions
 from axialtrain.data.sharding import Sharding
 from axialtrain.data.statistics import Statistics
 
-PAGE, RECORD, SKIPPED = "summary.md", "shard.json", "skipped.csv"
-_LIBRARIES = ("axialtrain", "numpy", "tifffile", "imagecodecs", "webdataset")
+PAGE, SKIPPED = "summary.md", "skipped.csv"
 _LISTED = 500  # images that the page has a line for; the record has all
 
 
@@ -36,10 +34,7 @@ def write_summary(
         "started": started,
         "seconds": round(seconds, 3),
         "options": asdict(how),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _LIBRARIES},
-        },
+        "versions": versions(),
         "shards": summary.shards,
         "bytes": summary.bytes,
         "images": [asdict(image) for image in summary.images],
@@ -50,7 +45,8 @@ def write_summary(
     if summary.skipped:
         names.append(SKIPPED)
         text = io.StringIO()
-        csv.writer(text).writerows([("image", "reason"), *summary.skipped])
+        rows = [(_formula_less(image), _formula_less(why)) for image, why in summary.skipped]
+        csv.writer(text).writerows([("image", "reason"), *rows])
         with place.file(SKIPPED) as file:
             file.write(text.getvalue().encode())
     return names
@@ -58,7 +54,7 @@ def write_summary(
 
 def page(summary: Summary, how: Sharding) -> str:
     """The page of a set of shards, in Markdown."""
-    lines = [f"# {_cell(summary.out)}", "", f"{summary}.", ""]
+    lines = [f"# {_cell(summary.out)}", "", _cell(f"{summary}."), ""]
     splits = sorted({image.split for image in summary.images})
     lines += _table(
         ("split", "images", "groups", "gigapixels", "tiles", "empty", "MB"),
@@ -121,7 +117,7 @@ def plan(work: Work, out: str) -> str:
         f"{sum(job.blocks for job in work.inputs)} blocks; nothing was written"
     )
     lines += [f"would be skipped: {image}: {reason}" for image, reason in work.refused]
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def _sums(split: str, images: Sequence[Image]) -> tuple[object, ...]:
@@ -180,5 +176,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
 
 def _cell(text: str) -> str:
     """`text` in a table of Markdown: of a stranger's file name no markup is left."""
-    plain = "".join(c if c.isprintable() else "?" for c in text)
-    return "".join(f"\\{c}" if c in r"\`*_[]<>|#" else c for c in plain)
+    return "".join(f"\\{c}" if c in r"\`*[]<>|" else c for c in plain(text))
+
+
+def _formula_less(text: str) -> str:
+    """`text` for a table that a spreadsheet may open, as text."""
+    shown = plain(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown

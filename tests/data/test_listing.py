@@ -142,7 +142,13 @@ def test_splits_are_folders_of_their_own(tmp_path: Path, capsys) -> None:  # typ
     assert "| train | 6 | 3 |" in page
     capsys.readouterr()
     assert main(["shard", *given, "--out", str(out), *shares]) == 2
-    assert "out/train: has a manifest.json already" in capsys.readouterr().err
+    assert "out: has a shard.json already" in capsys.readouterr().err
+    (out / "shard.json").unlink()
+    assert main(["shard", *given, "--out", str(out), *shares]) == 2
+    assert "out: has a train/manifest.json already" in capsys.readouterr().err
+    shares = ["--split", "train=0.99", "validation=0.01"]
+    assert main(["shard", *given[:3], "--out", str(tmp_path / "few"), *shares]) == 2
+    assert "split validation gets none of the 3 groups" in capsys.readouterr().err
 
 
 def test_a_table_deals_out_by_its_column(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

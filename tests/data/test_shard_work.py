@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,11 +17,14 @@ import pytest
 import tifffile
 
 from axialtrain.cli import main
+from axialtrain.data import making
+from axialtrain.data.encode import Run
 from axialtrain.data.listing import entries_of
 from axialtrain.data.region import open_shards
 from axialtrain.data.scratch import Scratch
-from axialtrain.data.shard import SCRATCH, clear, make_shards, prepare
+from axialtrain.data.shard import SCRATCH, _wanted, make_shards, prepare, shard_images
 from axialtrain.data.sharding import Sharding
+from axialtrain.data.store import BlockEntry
 from axialtrain.data.verify import verify
 
 KILLS = int(os.environ.get("AXIALTRAIN_KILLS", "3"))
@@ -62,14 +65,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
             command(*images, "--out", out, "--jobs", 2, *resume),
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         try:
             while not (out / SCRATCH / "run.json").exists() and process.poll() is None:
                 time.sleep(0.01)
             process.wait(timeout=rng.uniform(0.0, 3.0) if killed < KILLS else 120)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # it alone: those that it started end by themselves
             process.wait()
             killed += 1
             working += (out / SCRATCH / "run.json").exists()
@@ -96,11 +98,8 @@ def test_unfinished_work_is_gone_on_with_and_not_done_again(
     how, out = Sharding(shard_bytes=1), tmp_path / "out"  # a shard an image
     work = prepare(entries_of(images), how)
     make_shards(work, tmp_path / "whole", how, jobs=1, progress=False)
-    clear(tmp_path / "whole")
 
     made: list[str] = []
-    from axialtrain.data import making
-
     write_run = making.write_run
 
     def counting(job, kept, number, file):  # type: ignore[no-untyped-def]
@@ -120,13 +119,11 @@ def test_unfinished_work_is_gone_on_with_and_not_done_again(
     with pytest.raises(ValueError, match="the run that was begun here differs in statistics"):
         make_shards(prepare(entries_of(images), other), out, other, resume=True, progress=False)
     summary = make_shards(work, out, how, jobs=1, resume=True, progress=False)
-    clear(out)
     assert made == ["image_0", "stop", "image_1", "image_2"]
     assert [image.row.name for image in summary.images] == ["image_0", "image_1", "image_2"]
     assert files(out) == files(tmp_path / "whole")
     # The same, by two processes.
     make_shards(work, tmp_path / "two", how, jobs=2, progress=False)
-    clear(tmp_path / "two")
     assert files(tmp_path / "two") == files(out)
 
 
@@ -142,16 +139,106 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     make_shards(work, out, Sharding(), progress=False)  # the lock went with its holder
 
 
+def ended_after_one(images: list[Path], out: Path, monkeypatch, how: Sharding) -> None:  # type: ignore[no-untyped-def]
+    """Unfinished work in `out`: the first shard at its place, and no more."""
+    with monkeypatch.context() as patch:
+        finish = Scratch.finish
+
+        def ending(self: Scratch, *arguments: object) -> None:
+            finish(self, *arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        patch.setattr(Scratch, "finish", ending)
+        with pytest.raises(KeyboardInterrupt):
+            make_shards(prepare(entries_of(images), how), out, how, jobs=1, progress=False)
+    assert (out / "shard-00000.tar").exists()
+
+
+def test_what_is_gone_is_made_again(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A shard that was finished; a part that is not whole; parts of a run that nobody knows."""
+    images = drawn(tmp_path / "images", [300, 200])
+    how, out = Sharding(shard_bytes=1), tmp_path / "out"
+    work = prepare(entries_of(images), how)
+    make_shards(work, tmp_path / "whole", how, progress=False)
+    ended_after_one(images, out, monkeypatch, how)
+    (out / "shard-00000.tar").unlink()
+    make_shards(work, out, how, resume=True, progress=False)
+    assert files(out) == files(tmp_path / "whole")
+
+    out = tmp_path / "cut"
+    ended_after_one(images, out, monkeypatch, how)
+    parts = Scratch(out / SCRATCH)
+    with parts.part("image_1", 0) as file:
+        file.write(b"half of it")
+    parts.keep("image_1", 0, Run((BlockEntry(0, 0, 0, 99, 0),), 0, 0, 0, 0, False, None))
+    make_shards(work, out, how, resume=True, progress=False)
+    assert files(out) == files(tmp_path / "whole")
+
+    out = tmp_path / "unknown"
+    ended_after_one(images, out, monkeypatch, Sharding(shard_bytes=1, tile=32))
+    (out / SCRATCH / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no unfinished work, allowed to go on with"):
+        make_shards(work, out, how, resume=True, progress=False)
+    make_shards(work, out, how, progress=False)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_other_work_is_left_alone(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    images = drawn(tmp_path / "images", [300, 200])
+    how, out = Sharding(shard_bytes=1), tmp_path / "out"
+    ended_after_one(images, out, monkeypatch, how)
+    before = files(out)
+    with pytest.raises(ValueError, match="holds the unfinished work of another run"):
+        shard_images(images, out, progress=False)
+    assert files(out) == before
+    # A raster that was changed since is other work.
+    labels = tmp_path / "labels.tif"
+    tifffile.imwrite(labels, np.ones((90, 90), np.uint8), tile=(16, 16))
+    image, out = drawn(tmp_path / "other", [90])[0], tmp_path / "labelled"
+    work = prepare(entries_of([image], [labels]), how)
+    with Scratch(out / SCRATCH).held():
+        pass
+    wanted = _wanted(work, how)
+    tifffile.imwrite(labels, np.full((90, 90), 3, np.uint8), tile=(16, 16))
+    assert _wanted(work, how)["images"] != wanted["images"]
+
+
+def test_a_full_disk_is_no_fault_of_an_image(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    images = drawn(tmp_path / "images", [100, 90])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(making, "write_run", full)
+    how = Sharding()
+    with pytest.raises(ValueError, match=r"out/\.shard: cannot be written to \(.*No space left"):
+        make_shards(
+            prepare(entries_of(images), how), tmp_path / "out", how, jobs=1,
+            skip_errors=True, progress=False,
+        )  # fmt: skip
+
+
+def test_names_of_strangers_are_text_everywhere(tmp_path: Path) -> None:
+    """A name that is no UTF-8 and has an escape sequence, of an image that is skipped."""
+    image = drawn(tmp_path / "images", [40])[0]
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/=a\xff\x1b[31m.tif")
+    Path(odd).write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(["shard", str(image), odd, "--out", str(out), "--skip-errors"]) == 0
+    for name in ("skipped.csv", "summary.md", "shard.json"):
+        text = (out / name).read_bytes().decode()
+        assert "\x1b" not in text
+        assert "udcff" in text
+
+
 def test_a_url_is_as_good_as_a_folder(tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", [300, 90])
     url, how = "memory://shards/one", Sharding(shard_bytes=1)
     work = prepare(entries_of(images), how)
     scratch = tmp_path / "scratch"
     make_shards(work, url, how, scratch=scratch, progress=False)
-    clear(url, scratch)
     assert not scratch.exists()
     make_shards(work, tmp_path / "out", how, progress=False)
-    clear(tmp_path / "out")
     fs = fsspec.filesystem("memory")
     assert {Path(name).name: fs.cat_file(name) for name in fs.find("/shards/one")} == files(
         tmp_path / "out"
@@ -206,3 +293,29 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path: Path, capsys) 
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["shard", str(images[0]), "nothing*.tif", "--out", str(out), "--dry-run"]) == 2
     assert "nothing*.tif: no file has a name like this" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    images = drawn(tmp_path / "images", [1600, 1700])
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(*images, "--out", out, "--jobs", 2))
+    while not list(out.glob(f"{SCRATCH}/parts/*.blocks*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(_lives(child) for child in children):
+        assert time.monotonic() < end, "a process is left over"
+        time.sleep(0.05)
+
+
+def _lives(process: str) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

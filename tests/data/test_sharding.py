@@ -138,9 +138,12 @@ def test_statistics_leave_out_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_of_a_large_image_some_tiles_are_looked_at() -> None:
-    for rows, cols in ((1, 1), (16, 16), (17, 16), (100, 90), (3000, 1), (1, 3000)):
-        chosen = sum(sampled(row, col, rows, cols) for row in range(rows) for col in range(cols))
-        assert min(rows * cols, SAMPLE) / 2 <= chosen <= SAMPLE
+    for rows, cols in ((1, 1), (16, 16), (17, 16), (100, 96), (256, 256), (3000, 1), (1, 3000)):
+        tiles = [(row, col) for row in range(rows) for col in range(cols)]
+        chosen = [each for each in tiles if sampled(*each, len(tiles))]
+        assert min(len(tiles), SAMPLE) * 0.4 <= len(chosen) <= 1.3 * SAMPLE
+        if min(rows, cols) > 90:  # neither few rows nor few columns
+            assert all(len({each[axis] for each in chosen}) > 60 for axis in (0, 1))
 
 
 def test_tiles_that_are_not_kept_are_recorded_and_not_stored(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -213,12 +216,16 @@ def test_a_head_that_lies_about_empty_tiles_is_found_out(tmp_path: Path) -> None
     manifest.write_text(manifest.read_text().replace(row["head_sha256"], digest))
     report = verify([str(tmp_path / "out")], mode="full")
     assert "is stored, and empty in the head of its image" in str(report)
-    for wrong in ("[1,1]", "[5,4]", "[-1]", "[64]", "[true]", '["1"]'):
+    assert "is neither stored nor empty" in str(report)
+    for wrong in ("[1,1]", "[5,4]", "[-1]", "[64]", "[true]", '["1"]', "[1,2]"):
         forged = data.replace(b'"empty":[1]', f'"empty":{wrong}'.encode())
         length = row["head_length"] + len(forged) - len(data)
         head = ImageRow(**{**row, "head_length": length})
         body = forged[start : start + length]
-        with pytest.raises(ValueError, match=r"empty is .*allowed is numbers from 0 to 63, each"):
+        with pytest.raises(
+            ValueError,
+            match=r"empty (is|names) .*allowed (is numbers from 0 to 63, each|are tiles of)",
+        ):
             Head.from_json(body, head, len(forged), "here")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from axialtrain.data.readers.reader import (
 )
 from axialtrain.grid import Rect
 
+_CACHE = 1 << 26  # bytes, of decoded tiles of the image
+
 
 def retiled(image: Reader, tile: int) -> Reader:
     """`image` in tiles of `tile` px; closing it closes `image`.
@@ -32,6 +35,9 @@ def retiled(image: Reader, tile: int) -> Reader:
 class _Retiled:
     def __init__(self, image: Reader, tile: int) -> None:
         self._image = image
+        one = image.tile**2 * image.kind.pixel_bytes
+        # Neighbours of ours are cut from the same of the image's.
+        self._at = lru_cache(max(4, _CACHE // one))(image.tile_at)
         self.info = replace(image.info, tile=tile, jpeg=False)
 
     def tile(self, row: int, col: int) -> Tile | None:
@@ -40,7 +46,7 @@ class _Retiled:
         pixels: Raster = np.zeros((rect.height, rect.width, image.bands), image.kind.numpy)
         present: Mask = np.zeros((rect.height, rect.width), np.bool_)
         for r, c, part in tiles_of(rect, image.height, image.width, image.tile):
-            found = image.tile_at(r, c)
+            found = self._at(r, c)
             if found is None:
                 continue
             here = part.slices(rect)
