@@ -45,7 +45,7 @@ from axialtrain.data.store import (
 )
 from axialtrain.data.thumbnail import thumbnail
 from axialtrain.data.tile_tiff import encode_tiff
-from axialtrain.data.tissue import kept_tiles, overview
+from axialtrain.data.tissue import ALL, kept_tiles, overview
 from axialtrain.grid import Rect
 
 RUN = 64  # blocks that are made at a time, and lost where a process is killed
@@ -91,7 +91,7 @@ def runs_of(head: Head) -> list[list[tuple[int, int]]]:
 def look(job: Input) -> Look:
     """Everything about an image but its blocks."""
     digest, kept = _sha256(job.entry.image), None
-    if job.how.keep != "all":
+    if job.how.keep != ALL:
         with open_stored(job.entry, job.how) as image:
             kept = kept_tiles(
                 job.entry.image,

@@ -9,6 +9,7 @@ from pathlib import Path
 from axialtrain.data.listing import Entry
 from axialtrain.data.rasters import LabelSource, RasterInstances, open_instances, open_labels
 from axialtrain.data.readers import Reader, open_image
+from axialtrain.data.readers.reader import TILE
 from axialtrain.data.readers.resampled import choose_level, resampled
 from axialtrain.data.readers.retiled import retiled
 from axialtrain.data.sharding import Sharding
@@ -27,7 +28,7 @@ class Input:
     """An image that has been checked, and what it is stored as.
 
     head: all that is known of it before its blocks are: none of them, no checksums. reader, why:
-    which one reads it, and how that was chosen. level: of its pyramid, that it is made from.
+    which one reads it, and how that was chosen. level: of its pyramid, that it is made from. copied: whether its tiles are copied.
     classes: numbers of the names of classes, for polygons. labelled: one line on its labels.
     """
 
@@ -72,7 +73,9 @@ def open_stored(entry: Entry, how: Sharding) -> Reader:
     if how.mpp is None:
         image = open_image(entry.image, how.level, how.reader)
     else:
-        image = resampled(entry.image, how.reader, how.mpp, own_mpp=entry.mpp, tile=how.tile or 256)
+        image = resampled(
+            entry.image, how.reader, how.mpp, own_mpp=entry.mpp, tile=how.tile or TILE
+        )
     if how.passthrough == "always" and not image.jpeg:
         image.close()
         raise ValueError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from axialtrain.data.encode import Look, Run, look, runs_of, write_run
 from axialtrain.data.inputs import Input
+from axialtrain.data.readers.reader import Mask
 from axialtrain.data.scratch import Scratch
 
 
@@ -74,7 +75,7 @@ def in_order(
         yield making.popleft()
 
 
-def _run(folder: Path, job: Input, kept: Any, number: int) -> Run:
+def _run(folder: Path, job: Input, kept: Mask | None, number: int) -> Run:
     """Run `number` of the image, made here unless it is there already."""
     parts = Scratch(folder)
     run = parts.run_of(job.name, number)

@@ -107,7 +107,7 @@ class _OnImage:
         try:
             self._check(kind, dtypes)
         except ValueError:
-            self._raster.__exit__(None, None, None)
+            self._raster.close()
             raise
         size = (self._raster.height, self._raster.width)
         self.why = (

@@ -197,7 +197,7 @@ def make_shards(
         jobs = len(os.sched_getaffinity(0)) if much else 1
     elif jobs < 1:
         raise ValueError(f"jobs is {jobs}, allowed is at least 1")
-    check_out(out, work.splits, scratch)
+    check_out(out, work.splits, scratch)  # before a folder is made in it
     with parts.held(), ExitStack() as ends:
         check_out(out, work.splits, scratch)  # nobody else can change that now
         if parts.begun and not resume:

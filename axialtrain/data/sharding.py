@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from axialtrain.data.readers import AUTO, READERS
 from axialtrain.data.store import BLOCK, BLOCKS, MAX_LEVEL, MAX_TILE, MIN_TILE, UNLABELLED
+from axialtrain.data.tissue import ALL, HOW
 
 PASSTHROUGH = ("auto", "never", "always")
 ENCODE = ("lossless", "jpeg")
-KEEP = ("all", "nodata", "tissue")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sharding:
     quality: int = 90
     tile: int | None = None
     block: int = BLOCK
-    keep: str = "all"
+    keep: str = ALL
     share: float = 0.0
     background: int | None = None
     statistics: bool = False
@@ -48,7 +48,7 @@ class Sharding:
             ("reader", (AUTO, *READERS)),
             ("passthrough", PASSTHROUGH),
             ("encode", ENCODE),
-            ("keep", KEEP),
+            ("keep", HOW),
             ("block", BLOCKS),
         ):
             value = getattr(self, key)

@@ -23,7 +23,7 @@ from axialtrain.data.readers import Info, Reader, open_image, tiles_of
 from axialtrain.data.readers.resampled import HALF, Averaged
 from axialtrain.grid import Rect
 
-NONE, NODATA, TISSUE = HOW = ("none", "nodata", "tissue")
+ALL, NODATA, TISSUE = HOW = ("all", "nodata", "tissue")
 MAX_SIDE = 4096  # cells, of the coarse picture
 CELLS = 4  # along a tile's side, at least, where the image has such a level
 _COARSE = 4  # times smaller along a side is what saves reading: 1/16 of the pixels
@@ -48,7 +48,7 @@ def kept_tiles(
 ) -> Mask:
     """bool [rows, cols]: which tiles of the image, as it is stored, hold something.
 
-    path, level, reader: as `open_image` has them. how: "none" keeps all tiles; "nodata" those with
+    path, level, reader: as `open_image` has them. how: "all" keeps all tiles; "nodata" those with
     a pixel that is present; "tissue" those with tissue, of stained slides (RGB of 8 bits) alone.
     share: a tile is kept if at least this share of its area within the image holds something, and
     some of it does. stored: of the image as it is stored, where that is not the level itself but
@@ -72,7 +72,7 @@ def kept_tiles(
             f"how={NODATA!r} is for all"
         )
     rows, cols = -(-info.height // info.tile), -(-info.width // info.tile)
-    if how == NONE:
+    if how == ALL:
         return np.ones((rows, cols), np.bool_)
     coarse, cell = _coarse(path, level, reader, levels, info)
     with open_image(path, coarse, reader) as image:

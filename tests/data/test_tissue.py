@@ -62,7 +62,7 @@ def test_tiles_with_tissue(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept_tiles(path, 0, "auto", how="tissue"), expected)
     coarse = write(tmp_path / "b.tif", *pyramid(pixels, 8))
     np.testing.assert_array_equal(kept_tiles(coarse, 0, "auto", how="tissue"), expected)
-    assert kept_tiles(path, 0, "auto", how="none").all()
+    assert kept_tiles(path, 0, "auto", how="all").all()
     assert kept_tiles(path, 0, "auto", how="nodata").all()
 
 
@@ -189,7 +189,7 @@ def test_coarse_level_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert kept_tiles(path, 0, "auto", how="tissue").sum() == 16
     assert decoded == 64 * 64  # of level 3: a tile is 4 px of it, and 2 of level 4
     decoded = 0
-    assert kept_tiles(path, 0, "auto", how="none").all()
+    assert kept_tiles(path, 0, "auto", how="all").all()
     assert decoded == 0
 
 
