@@ -28,8 +28,9 @@ class Input:
     """An image that has been checked, and what it is stored as.
 
     head: all that is known of it before its blocks are: none of them, no checksums. reader, why:
-    which one reads it, and how that was chosen. level: of its pyramid, that it is made from. copied: whether its tiles are copied.
-    classes: numbers of the names of classes, for polygons. labelled: one line on its labels.
+    which one reads it, and how that was chosen. level: of its pyramid, that it is made from.
+    copied: whether its tiles are. classes: numbers of the names of classes, for polygons.
+    labelled: one line on its labels.
     """
 
     entry: Entry

@@ -197,7 +197,7 @@ def test_what_is_no_slide_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", np.zeros((64, 64), np.uint16), photometric="minisblack")
     with pytest.raises(ValueError, match=r"1 band of uint16, allowed for how='tissue' is 3 bands"):
         kept_tiles(path, 0, "auto", how="tissue")
-    with pytest.raises(ValueError, match="how is 'otsu', allowed is none, nodata, tissue"):
+    with pytest.raises(ValueError, match="how is 'otsu', allowed is all, nodata, tissue"):
         kept_tiles(path, 0, "auto", how="otsu")
 
 
