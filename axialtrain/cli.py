@@ -110,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("FEWEST", "MOST"),
         help="row bands, and column bands, of a scene, 1 to 8",
     )
+    scene.add_argument(
+        "--lossless", action="store_true", help="pixels as drawn, not JPEG as most scanners write"
+    )
     scene.set_defaults(command=_scene)
 
     train = commands.add_parser(
@@ -201,6 +204,7 @@ def _scene(parsed: argparse.Namespace) -> int:
         size=parsed.size,
         seed=parsed.seed,
         bands=(parsed.bands[0], parsed.bands[1]),
+        lossless=parsed.lossless,
     ):
         print(*paths)
     return 0

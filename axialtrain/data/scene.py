@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -88,12 +89,14 @@ def draw_scenes(
     seed: int,
     first: int = 0,
     bands: tuple[int, int] = (6, 8),
+    lossless: bool = False,
 ) -> list[tuple[Path, Path, Path]]:
     """Draw scenes number first .. first+count-1 of `seed` into the folder `out`.
 
     size: px, at least 256. bands: fewest and most row bands, and column bands, of a scene.
-    Returns (image, labels, instances) of each: a pyramidal JPEG TIFF, a raster of uint8 labels and
-    one of uint16 instances.
+    lossless: pixels as they were drawn; JPEG, which scanners write, halves the resolution of hues.
+    Returns (image, labels, instances) of each: a pyramidal TIFF, a raster of uint8 labels and one
+    of uint16 instances.
     """
     if count < 1:
         raise ValueError(f"count is {count}, allowed is at least 1")
@@ -105,7 +108,7 @@ def draw_scenes(
         image = out / f"scene_{index:04d}.tif"
         labels = out / f"scene_{index:04d}_labels.tif"
         instances = out / f"scene_{index:04d}_instances.tif"
-        _write_image(image, scene.pixels)
+        _write_image(image, scene.pixels, lossless=lossless)
         for path, raster in ((labels, scene.labels), (instances, scene.instances)):
             tifffile.imwrite(path, raster, tile=(TILE, TILE), compression="zlib", metadata=None)
         paths.append((image, labels, instances))
@@ -200,8 +203,12 @@ def _paint(area: Pixels, texture: Pixels, colour: NDArray[np.generic]) -> None:
     area[...] = table[texture]
 
 
-def _write_image(path: Path, pixels: Pixels) -> None:
-    """A pyramid of 256 px JPEG tiles (YCbCr, as most scanners write), halved down to one tile."""
+def _write_image(path: Path, pixels: Pixels, *, lossless: bool) -> None:
+    """A pyramid of 256 px tiles, JPEG (YCbCr, as most scanners write) unless `lossless`, halved
+    down to one tile."""
+    compression: dict[str, Any] = {"compression": "zlib", "predictor": True}
+    if not lossless:
+        compression = {"compression": "jpeg", "compressionargs": {"level": _QUALITY}}
     levels = [pixels]
     while max(levels[-1].shape) > TILE:
         levels.append(_halve(levels[-1]))
@@ -213,9 +220,8 @@ def _write_image(path: Path, pixels: Pixels) -> None:
                 subfiletype=0 if number == 0 else 1,
                 tile=(TILE, TILE),
                 photometric="rgb",  # of the input; tifffile stores JPEG as YCbCr
-                compression="jpeg",
-                compressionargs={"level": _QUALITY},
                 metadata=None,
+                **compression,
             )
 
 

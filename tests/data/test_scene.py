@@ -145,6 +145,14 @@ def test_files_hold_the_scene(tmp_path: Path) -> None:
     assert again[0][0].read_bytes() == paths[0][0].read_bytes()
 
 
+def test_lossless_files_hold_every_pixel(tmp_path: Path) -> None:
+    ((path, *_),) = draw_scenes(tmp_path, count=1, size=300, seed=3, first=5, lossless=True)
+    with open_image(path) as image:
+        assert (image.tile, image.jpeg) == (256, False)
+        pixels = image.read(Rect(0, 300, 0, 300))
+    np.testing.assert_array_equal(pixels, draw_scene(size=300, seed=3, index=5).pixels)
+
+
 def test_ceiling_bounds_every_guess() -> None:
     assert ceiling() == pytest.approx(1 / 11)
     assert ceiling(known=1.0) == 1.0
