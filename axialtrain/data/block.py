@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.codec import Instances, Pixels, decode, decode_instances
+from axialtrain.data.damage import Damage
 from axialtrain.data.kinds import Raster
 from axialtrain.data.store import (
     INSTANCES,
@@ -90,17 +91,32 @@ class Block:
         with self._member(MASK) as data:
             return decode_mask(data, self._rect)
 
-    def paint_pixels(self, pixels: Raster, present: NDArray[np.bool_], rect: Rect) -> int:
+    def paint_pixels(
+        self,
+        pixels: Raster,
+        present: NDArray[np.bool_],
+        rect: Rect,
+        damaged: list[Damage] | None = None,
+    ) -> int:
         """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were.
 
-        Both are zeros. What a mask leaves out stays so.
+        Both are zeros. What a mask leaves out stays so. damaged: where tiles that cannot be decoded
+        are noted, which stay missing; None: they are raised.
         """
         count = 0
         for tile, whole, part in self.tiles(rect):
-            with self._member(tile.member) as data:
-                decoded = decode_tile(data, self.head)
+            try:
+                with self._member(tile.member) as data:
+                    decoded = decode_tile(data, self.head)
+                there = self._present(part)
+            except ValueError as error:
+                if damaged is None:
+                    raise
+                name = self.head.name
+                damaged.append(Damage(name, "tile", tile.row, tile.col, 1, str(error)))
+                continue
             here = part.slices(rect)
-            present[here] = self._present(part)
+            present[here] = there
             np.copyto(pixels[here], decoded[part.slices(whole)], where=present[here][..., None])
             count += 1
         return count

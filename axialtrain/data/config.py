@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from axialtrain.data.checked import shown
+from axialtrain.data.damage import DamageConfig
 from axialtrain.data.kinds import MAX_FEATURES
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
@@ -24,6 +25,7 @@ class DataConfig:
     own: one number, or a list of one for each band (Any, as OmegaConf knows no such union; floats
     after construction). `Loader`, which knows the shards, holds them to their bands and range.
     prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
+    damage: what is done where stored bytes are damaged.
     """
 
     shards: str
@@ -33,6 +35,7 @@ class DataConfig:
     std: Any = 0.25
     prefetch: int = 2
     workers: int = 1
+    damage: DamageConfig = field(default_factory=DamageConfig)
 
     def __post_init__(self) -> None:
         if not self.shards:

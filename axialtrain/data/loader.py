@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from axialtrain.data.config import DataConfig
+from axialtrain.data.damage import Damage
 from axialtrain.data.normalise import Normalise
 from axialtrain.data.order import Order, OrderState
 from axialtrain.data.region import Shards
@@ -57,6 +58,8 @@ class Batch:
     the sample whose size it repeats); None unless every image of the shards has one.
     instances: int32 [B, h*p, w*p], 0 where there is no instance or no pixel; None unless every
     image of the shards has an instance raster.
+    faults: what this rank found damaged of each sample, and left out as missing; () where that is
+    not done (`data.damage.policy` is raise).
     """
 
     pixels: Tensor
@@ -69,6 +72,7 @@ class Batch:
     samples: Tensor
     targets: Tensor | None = None
     instances: Tensor | None = None
+    faults: tuple[tuple[Damage, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -336,12 +340,17 @@ class Loader:
         instances = np.zeros(size, np.int32) if self.shards.has_instances else None
         present = np.zeros(size, np.bool_)
         bytes_read = tiles_decoded = 0
+        spare = self.config.damage.policy != "raise"
+        faults: list[tuple[Damage, ...]] = [()] * len(slots)
         for i, slot in enumerate(slots):
             window = slot.window.rect
             part = place.pixels(self.patch, window.height, window.width)
             if slot.filler or part.empty:
                 continue
-            region = self.shards.region(slot.window.name, part.shifted(window.top, window.left))
+            region = self.shards.region(
+                slot.window.name, part.shifted(window.top, window.left), spare=spare
+            )
+            faults[i] = region.damaged
             here = (i, *part.slices(mine))
             pixels[here] = self._normalise(region.pixels, region.present)
             present[here] = region.present
@@ -363,6 +372,7 @@ class Loader:
             samples=torch.tensor([slot.sample for slot in slots]),
             targets=self._targets(slots),
             instances=None if instances is None else torch.from_numpy(instances),
+            faults=tuple(faults) if spare else (),
         )
         return batch, bytes_read, tiles_decoded
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import fsspec
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from axialtrain.data.block import Block, index_at_end
 from axialtrain.data.codec import Instances, Pixels
+from axialtrain.data.damage import Damage
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.kinds import Kind, Raster
 from axialtrain.data.store import (
@@ -44,7 +46,7 @@ class Region:
     missing or no target; None where the image has none. instances: uint16 [h, w], 0 where missing
     or none; None where the image has no raster of them. present: bool [h, w], false outside the
     image, in tiles that its source leaves out, and in pixels that hold no data. bytes_read,
-    tiles_decoded: what it took.
+    tiles_decoded: what it took. damaged: what was left out, as missing.
     """
 
     pixels: Raster
@@ -53,6 +55,7 @@ class Region:
     present: NDArray[np.bool_]
     bytes_read: int
     tiles_decoded: int
+    damaged: tuple[Damage, ...] = ()
 
 
 def open_shards(url: str) -> Shards:
@@ -236,12 +239,13 @@ class Shards:
             block.paint_instances(instances, rect)
         return instances
 
-    def region(self, name: str, rect: Rect) -> Region:
+    def region(self, name: str, rect: Rect, *, spare: bool = False) -> Region:
         """All that is known of `rect`, in px of the image; it may reach outside.
 
-        ValueError naming shard, offset and member if what is stored is damaged.
+        spare: what is damaged counts as missing, and is told in `Region.damaged`; otherwise it is a
+        ValueError naming shard, offset and member.
         """
-        return self._region(name, rect, rasters=True)
+        return self._region(name, rect, rasters=True, spare=spare)
 
     def indexes(self, name: str, blocks: Sequence[BlockEntry]) -> list[BlockIndex]:
         """What each of `blocks` of the image `name` holds, for the last bytes of each.
@@ -276,26 +280,60 @@ class Shards:
         names = dict.fromkeys(row.shard for row in self.images)
         return {name: self._size(f"{self._root}/{name}") for name in names}
 
-    def _region(self, name: str, rect: Rect, *, rasters: bool) -> Region:
+    def _region(self, name: str, rect: Rect, *, rasters: bool, spare: bool = False) -> Region:
         _check_rect(rect)
-        head = self.head(name)
-        size = (rect.height, rect.width)
-        pixels = np.zeros((*size, head.bands), head.kind.numpy)
+        row, size = self.row(name), (rect.height, rect.width)
+        pixels = np.zeros((*size, row.bands), row.kind.numpy)
         present = np.zeros(size, np.bool_)
         labels = instances = None
-        if rasters and head.classes is not None:
+        if rasters and row.classes is not None:
             labels = np.full(size, UNLABELLED, np.uint8)
-        if rasters and head.instances is not None:
+        if rasters and row.instances is not None:
             instances = np.zeros(size, np.uint16)
-        blocks, bytes_read = self._blocks(head, rect)
+        damaged: list[Damage] | None = [] if spare else None
+        blocks, bytes_read = self._blocks_of(name, rect, damaged)
         tiles = 0
         for block in blocks:
-            tiles += block.paint_pixels(pixels, present, rect)
+            tiles += block.paint_pixels(pixels, present, rect, damaged)
             if labels is not None:
-                block.paint_labels(labels, rect)
+                with _spared(block, "labels", damaged):
+                    block.paint_labels(labels, rect)
             if instances is not None:
-                block.paint_instances(instances, rect)
-        return Region(pixels, labels, instances, present, bytes_read, tiles)
+                with _spared(block, "instances", damaged):
+                    block.paint_instances(instances, rect)
+        if damaged:  # a tile's rasters lie elsewhere than its pixels, and may be whole
+            if labels is not None:
+                labels[~present] = UNLABELLED
+            if instances is not None:
+                instances[~present] = 0
+        left_out = tuple(damaged or ())
+        return Region(pixels, labels, instances, present, bytes_read, tiles, left_out)
+
+    def _blocks_of(
+        self, name: str, rect: Rect, damaged: list[Damage] | None
+    ) -> tuple[list[Block], int]:
+        """As `_blocks`, of the image `name`. What is damaged is noted in `damaged`, unless None."""
+        if damaged is None:
+            return self._blocks(self.head(name), rect)
+        try:
+            head = self.head(name)
+        except ValueError as error:
+            damaged.append(Damage(name, "image", 0, 0, 0, str(error)))
+            return [], 0
+        try:
+            return self._blocks(head, rect)
+        except (ValueError, FileNotFoundError):
+            pass  # one by one, to know which
+        fetch, path = fetch_for(head, rect), self._path(name)
+        blocks = []
+        for entry in fetch.blocks:
+            try:
+                (data,) = self._fetch(path, [(entry.offset, entry.offset + entry.length)])
+                blocks.append(Block.parse(data, head, entry, path))
+            except (ValueError, FileNotFoundError) as error:
+                stored = len(head.numbers_of(entry.row, entry.col)) - len(entry.empty)
+                damaged.append(Damage(name, "block", entry.row, entry.col, stored, str(error)))
+        return blocks, fetch.bytes
 
     def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
         """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""
@@ -350,6 +388,18 @@ class Shards:
                     f"{start + len(chunk)}: the shard was cut short"
                 )
         return list(chunks)
+
+
+@contextmanager
+def _spared(block: Block, part: str, damaged: list[Damage] | None) -> Iterator[None]:
+    """Note in `damaged`, unless it is None, that this raster of the block cannot be read."""
+    try:
+        yield
+    except ValueError as error:
+        if damaged is None:
+            raise
+        index, name = block.index, block.head.name
+        damaged.append(Damage(name, part, index.row, index.col, 0, str(error)))
 
 
 def _check_rect(rect: Rect) -> None:

@@ -17,3 +17,7 @@ class NotSavedError(AlikeError, OSError):
 
 class BadStepError(AlikeError, FloatingPointError):
     """A step that should not count, and is to end the run."""
+
+
+class DamagedError(AlikeError, ValueError):
+    """More of the data is damaged than the run may leave out."""

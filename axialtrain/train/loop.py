@@ -25,12 +25,13 @@ from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
 from axialtrain.tasks.panels import Panel
 from axialtrain.train.alike import BadStepError
 from axialtrain.train.config import RunConfig
+from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
 from axialtrain.train.faults import NONFINITE, fault_of
 from axialtrain.train.keep import Keeper
 from axialtrain.train.progress import Progress
 from axialtrain.train.schedule import learning_rate
-from axialtrain.train.track import Tracker
+from axialtrain.train.track import DAMAGES, Tracker
 from axialtrain.train.watch import Watch
 
 PICTURE = 2048  # px, the longest side of prediction.png's panels
@@ -62,7 +63,8 @@ class Task(Protocol):
 class Run:
     """The parts of a run on this rank. validation is None where there is no held-out data;
     tracker is None on every rank but the first; keeper saves, and is None where nothing is kept;
-    watch is None where nobody watches over the ranks."""
+    watch is None where nobody watches over the ranks; damages is None where data that is damaged is
+    not left out."""
 
     config: RunConfig
     mesh: Mesh
@@ -75,6 +77,17 @@ class Run:
     keeper: Keeper | None = None
     watch: Watch | None = None
     progress: Progress = field(default_factory=Progress)
+    damages: Damages | None = None
+
+    def taken(self, batch: Batch) -> Batch:
+        """The batch as it counts, on the run's device."""
+        batch = to_device(batch, self.device)
+        return batch if self.damages is None else self.damages.settle(batch)
+
+    def agree(self) -> None:
+        """All ranks, on what of the last batches was damaged."""
+        if self.damages is not None:
+            self.damages.agree(self.progress.step)
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,7 @@ def train(run: Run) -> dict[str, float]:
             lr = learning_rate(step, steps, config.optim.lr, config.schedule)
             taken = _step(run, step, batches, lr)
             progress.step = step + 1
+            run.agree()
             now = time.perf_counter()
             seconds, started = now - started, now
             metrics = {
@@ -172,7 +186,7 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
     shown, fault = 0.0, None
     run.engine.train()
     for index, batch in enumerate(batches, 1):
-        batch = to_device(batch, run.device)
+        batch = run.taken(batch)
         chance = Chance(run.config.seed, step, tuple(batch.samples.tolist()))
         output = run.engine(*run.task.inputs(batch), chance=chance)
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
@@ -205,12 +219,13 @@ def validate(run: Run) -> dict[str, float]:
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, images
     scores: dict[str, Tensor] = {}
     for batch in run.validation.once():
-        batch = to_device(batch, run.device)
+        batch = run.taken(batch)
         output = run.engine(*run.task.inputs(batch))
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
         total += torch.stack([means.sum(), batch.weight.sum() / run.mesh.spatial.size]).double()
         for name, value in run.task.scores(output, batch).items():
             scores[name] = scores[name] + value if name in scores else value
+    run.agree()
     total = sum_over(total, run.mesh.replicas)
     scores = {name: sum_over(value, run.mesh.replicas) for name, value in scores.items()}
     return {"val_loss": float(total[0] / total[1].clamp_min(1))} | run.task.summary(scores)
@@ -222,7 +237,8 @@ def picture(run: Run) -> list[Panel] | None:
     run.engine.eval()
     loader = run.validation or run.loader
     with closing(loader.once()) as batches:
-        batch = to_device(next(batches), run.device)
+        batch = run.taken(next(batches))
+    run.agree()
     output = run.engine(*run.task.inputs(batch))
     data = run.config.data
     panels = run.task.panels(output, batch, mean=data.mean, std=data.std)
@@ -272,7 +288,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def report(folder: Path, checkpoints: str, progress: Progress) -> str:
+def report(
+    folder: Path, checkpoints: str, progress: Progress, damages: Damages | None = None
+) -> str:
     """The last words of a run: its figures, and what lies where."""
     figures = ", ".join(
         f"{name} {progress.metrics[name]:.4f}"
@@ -281,6 +299,9 @@ def report(folder: Path, checkpoints: str, progress: Progress) -> str:
     )
     if progress.early:
         figures += f"\nended early, at step {progress.step}: the best was step {progress.best_step}"
+    if damages is not None and (damages.tiles or damages.images):
+        figures += f"\ndamaged, and left out: {damages.tiles} tiles"
+        figures += f", {damages.images} images, see {DAMAGES}"
     if progress.left_out:
         figures += f"\nbatches left out: {progress.left_out}, see faults.jsonl"
     files = {

@@ -22,6 +22,7 @@ from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of
 from axialtrain.train.checkpoint import Saved
 from axialtrain.train.config import RunConfig
+from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
 from axialtrain.train.keep import Keeper
 from axialtrain.train.loop import Run, picture, reading, report, train
@@ -172,6 +173,7 @@ def _run(
         Keeper(checkpoints, signals),
         watch,
         progress,
+        Damages(config.data.damage, mesh, tracker, device),
     )
     # As the config says now, which may wait longer than that of the run that ended, or for another
     # metric.
@@ -203,7 +205,7 @@ def _train(run: Run, folder: Path) -> dict[str, float]:
         Folder(folder).write("reading.json", (json.dumps(reads, indent=1) + "\n").encode())
         run.tracker.prediction(panels, f"{run.config.name} after {progress.step} steps")
         run.tracker.close()
-        print(report(folder, folder_of(run.config, folder), progress), flush=True)
+        print(report(folder, folder_of(run.config, folder), progress, run.damages), flush=True)
     return metrics
 
 

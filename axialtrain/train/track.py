@@ -17,6 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from axialtrain.data.checked import Record
+from axialtrain.data.damage import Damage
 from axialtrain.tasks.panels import Panel
 from axialtrain.train.progress import finite
 from axialtrain.train.storage import Folder
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG = logging.getLogger(__name__)
-METRICS, FAULTS = "metrics.jsonl", "faults.jsonl"
+METRICS, FAULTS, DAMAGES = "metrics.jsonl", "faults.jsonl", "bad_tiles.jsonl"
 LOCK = ".lock"
 LOSS = "loss.png"
 PATIENCE = 5.0  # s that a killed run may take to be gone
@@ -52,7 +54,7 @@ class Tracker:
 
     folder: of the run, which this one holds for itself until it is closed or its process ends.
     resumed: the step that the run goes on from; lines of later ones are dropped, as those steps are
-    taken again.
+    taken again. damages: of what the steps before met, the lines of bad_tiles.jsonl.
     Raises ValueError where another process holds the folder.
     """
 
@@ -67,6 +69,10 @@ class Tracker:
             if line.get("loss") is not None:
                 self._losses.append((line["step"], line["loss"]))
         _cut(folder / FAULTS, resumed)
+        self.damages = [
+            Damage.from_record(Record(f"{folder / DAMAGES}: line {number}", line))
+            for number, line in enumerate(_cut(folder / DAMAGES, resumed), 1)
+        ]
         self._lines = (folder / METRICS).open("a")
         self._wandb = _start_wandb(config, folder, name, run_yaml)
 
@@ -93,8 +99,16 @@ class Tracker:
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in what.items()
         }
-        with self._spared(), (self.folder / FAULTS).open("a") as lines:
-            lines.write(json.dumps(plain) + "\n")
+        self._append(FAULTS, [plain])
+
+    def damage(self, lines: list[dict[str, Any]]) -> None:
+        """Lines in bad_tiles.jsonl, about what was left out of the data of a step."""
+        self._append(DAMAGES, lines)
+
+    def _append(self, name: str, what: list[dict[str, Any]]) -> None:
+        """Lines that last, at the end of the file `name` of the run."""
+        with self._spared(), (self.folder / name).open("a") as lines:
+            lines.write("".join(json.dumps(line) + "\n" for line in what))
             lines.flush()
             os.fsync(lines.fileno())
 
