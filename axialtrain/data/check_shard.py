@@ -14,7 +14,7 @@ from axialtrain.data.check_block import Largest, check_block, padded
 from axialtrain.data.codec import decode, jpeg_shape
 from axialtrain.data.faults import COPY, COPY_EITHER, MADE_SO, MAX_FAULTS, Faults
 from axialtrain.data.fetch import merge
-from axialtrain.data.region import file_size
+from axialtrain.data.reading import ByteSource
 from axialtrain.data.store import (
     MANIFEST,
     TAR_RECORD,
@@ -70,7 +70,7 @@ class ShardCheck:
     def measure(self) -> int:
         """The size of the shard; a fault, and 0, where it has none."""
         try:
-            size = file_size(self._fs, self._path)
+            size = ByteSource(self._fs).size(self._path)
             if size is None:
                 raise ValueError("its server does not tell its size, which reading needs")
             self.size = size

@@ -11,6 +11,7 @@ from typing import Any
 from axialtrain.data.checked import shown
 from axialtrain.data.damage import DamageConfig
 from axialtrain.data.kinds import MAX_FEATURES
+from axialtrain.data.reading import ReadConfig
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
 
@@ -26,6 +27,7 @@ class DataConfig:
     after construction). `Loader`, which knows the shards, holds them to their bands and range.
     prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
     damage: what is done where stored bytes are damaged.
+    read: how shards are read over a network.
     """
 
     shards: str
@@ -36,6 +38,7 @@ class DataConfig:
     prefetch: int = 2
     workers: int = 1
     damage: DamageConfig = field(default_factory=DamageConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
         if not self.shards:

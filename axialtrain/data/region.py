@@ -6,7 +6,6 @@ tiles that the rectangle meets, and only those decoded. Each block is checked by
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.damage import Damage
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.kinds import Kind, Raster
+from axialtrain.data.passing import UnreachableError
+from axialtrain.data.reading import ByteSource, ReadConfig, Span
 from axialtrain.data.store import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -58,32 +59,39 @@ class Region:
     damaged: tuple[Damage, ...] = ()
 
 
-def open_shards(url: str) -> Shards:
+def open_shards(url: str, read: ReadConfig | None = None) -> Shards:
     """The shards in the folder `url`: a path, or what fsspec reads (s3://, gs://, https://).
 
-    ValueError, naming the url, if there are none, they cannot be reached, or they are of another
-    version of the format.
+    read: how, over a network. ValueError, naming the url, if there are none, they must not be read,
+    or they are of another version of the format; UnreachableError if there is no answer.
     """
-    fs, root, data = read_manifest(url)
-    return Shards(fs, root, Manifest.from_json(data, f"{root}/{MANIFEST}"))
+    fs, root, data = read_manifest(url, read)
+    return Shards(fs, root, Manifest.from_json(data, f"{root}/{MANIFEST}"), read)
 
 
-def read_manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
+def read_manifest(
+    url: str, read: ReadConfig | None = None
+) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
     """What reads the folder `url`, the folder's path there, and the bytes of its manifest.
 
-    ValueError as `open_shards` has it.
+    Errors as `open_shards` has them.
     """
     try:
         fs, root = fsspec.core.url_to_fs(str(url))
         root = root.rstrip("/")
         path = f"{root}/{MANIFEST}"
-        size = file_size(fs, path)
+        source = ByteSource(fs, read)
+        size = source.size(path)
         if size is not None and size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{MANIFEST} has {size} bytes, allowed is {MAX_MANIFEST_BYTES}")
-        # Not more than there is: a buffer is made for as much as is asked for.
-        data = fs.cat_file(path, 0, MAX_MANIFEST_BYTES + 1 if size is None else size)
+        if size is None:
+            data = source.beginning(path, MAX_MANIFEST_BYTES + 1)
+        else:  # not more than there is: a buffer is made for as much as is asked for
+            (data,) = source.fetch(path, [(0, size)])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{url}: no shards here, allowed is a folder with a {MANIFEST}") from None
+    except UnreachableError:
+        raise
     except (ImportError, ValueError, OSError) as error:  # an ImportError names what to install
         raise ValueError(f"{url}: no shards can be read here ({error})") from error
     if len(data) > MAX_MANIFEST_BYTES:
@@ -91,21 +99,10 @@ def read_manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
     return fs, root, data
 
 
-def file_size(fs: fsspec.AbstractFileSystem, path: str) -> int | None:
-    """Bytes of the file at `path`, None where its server does not say.
-
-    ValueError where it is no file: a pipe would never end, nor would a link to a device.
-    """
-    info = fs.info(path)
-    if info["type"] != "file":
-        kind = info["type"] if info["type"] == "directory" else "pipe, device or the like"
-        raise ValueError(f"{path}: is a {kind}, allowed is a file")
-    size = info.get("size")
-    return size if isinstance(size, int) else None
-
-
 class Shards:
     """The images of one folder of shards. Safe to read from several threads.
+
+    Whatever reads raises UnreachableError where a network does not give what it should.
 
     images: one row each, in the order in which they were written. digest: of the manifest.
     has_labels: whether every image has a label raster. classes: the largest label of all images
@@ -114,7 +111,13 @@ class Shards:
     image_classes: the largest of them + 1, None where no image has one.
     """
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        fs: fsspec.AbstractFileSystem,
+        root: str,
+        manifest: Manifest,
+        read: ReadConfig | None = None,
+    ) -> None:
         self.images = manifest.images
         self.digest = manifest.digest
         known = [row.classes for row in manifest.images if row.classes is not None]
@@ -126,11 +129,10 @@ class Shards:
         self.image_classes: int | None = max(own) + 1 if own else None
         kind = manifest.images[0].kind
         self._odd = next((row for row in manifest.images if row.kind != kind), None)
-        self._fs = fs
+        self._source = ByteSource(fs, read)
         self._root = root
         self._rows = {row.name: row for row in manifest.images}
         self._heads: dict[str, Head] = {}
-        self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -174,9 +176,10 @@ class Shards:
                 f"{self._root}/{MANIFEST}: head_offset + head_length of {name!r} is {stop}, "
                 f"allowed is up to the {size} bytes of {row.shard}"
             )
-        (data,) = self._fetch(path, [(row.head_offset, stop)])
+        span = Span(row.head_offset, stop, row.head_sha256)
+        (data,) = self._source.spans(path, [span])
         where = f"{path}: head of {name!r} at byte {row.head_offset}"
-        if hashlib.sha256(data).hexdigest() != row.head_sha256:
+        if not span.is_right(data):
             raise ValueError(f"{where}: is damaged (its SHA-256 is not the one in {MANIFEST})")
         head = Head.from_json(data, row, size, where)
         with self._lock:
@@ -265,7 +268,7 @@ class Shards:
                 ranges = [
                     (end - min(tail, e.length), end) for e, end in zip(some, ends, strict=True)
                 ]
-                for entry, data in zip(some, self._fetch(path, ranges), strict=True):
+                for entry, data in zip(some, self._source.fetch(path, ranges), strict=True):
                     if len(data) == entry.length:
                         found[entry] = Block.parse(data, head, entry, path).index
                     elif (index := index_at_end(data, head, entry, path)) is not None:
@@ -322,32 +325,26 @@ class Shards:
             return [], 0
         try:
             return self._blocks(head, rect)
-        except (ValueError, FileNotFoundError):
+        except ValueError:
             pass  # one by one, to know which
         fetch, path = fetch_for(head, rect), self._path(name)
         blocks = []
         for entry in fetch.blocks:
             try:
-                (data,) = self._fetch(path, [(entry.offset, entry.offset + entry.length)])
+                span = Span(entry.offset, entry.offset + entry.length, entry.crc32c)
+                (data,) = self._source.spans(path, [span])
                 blocks.append(Block.parse(data, head, entry, path))
-            except (ValueError, FileNotFoundError) as error:
+            except ValueError as error:
                 stored = len(head.numbers_of(entry.row, entry.col)) - len(entry.empty)
                 damaged.append(Damage(name, "block", entry.row, entry.col, stored, str(error)))
         return blocks, fetch.bytes
 
     def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
         """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""
-        fetch = fetch_for(head, rect)
-        if not fetch.blocks:
-            return [], 0
-        path, runs = self._path(head.name), list(fetch.runs)
-        blocks = []
-        for (start, stop), chunk in zip(runs, self._fetch(path, runs), strict=True):
-            for entry in fetch.blocks:
-                if start <= entry.offset < stop:
-                    at = entry.offset - start
-                    blocks.append(Block.parse(chunk[at : at + entry.length], head, entry, path))
-        return blocks, fetch.bytes
+        fetch, path = fetch_for(head, rect), self._path(head.name)
+        spans = [Span(e.offset, e.offset + e.length, e.crc32c) for e in fetch.blocks]
+        stored = zip(fetch.blocks, self._source.spans(path, spans), strict=True)
+        return [Block.parse(data, head, entry, path) for entry, data in stored], fetch.bytes
 
     def _rect(self, name: str, y: int, x: int, height: int, width: int, level: int) -> Rect:
         """The rectangle that is asked for, in px of the stored level."""
@@ -365,29 +362,13 @@ class Shards:
 
     def _size(self, path: str) -> int:
         """Bytes of the shard at `path`; asked once."""
-        with self._lock:
-            if path in self._sizes:
-                return self._sizes[path]
         try:
-            size = file_size(self._fs, path)
+            size = self._source.size(path)
         except FileNotFoundError:
             raise ValueError(f"{path}: {MANIFEST} names this shard, but it is not there") from None
         if size is None:
             raise ValueError(f"{path}: its server does not tell its size, which reading needs")
-        with self._lock:
-            self._sizes[path] = size
         return size
-
-    def _fetch(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
-        chunks = self._fs.cat_ranges([path] * len(ranges), starts, stops, on_error="raise")
-        for (start, stop), chunk in zip(ranges, chunks, strict=True):
-            if len(chunk) != stop - start:
-                raise ValueError(
-                    f"{path}: bytes {start} to {stop} belong to it, but it ends after "
-                    f"{start + len(chunk)}: the shard was cut short"
-                )
-        return list(chunks)
 
 
 @contextmanager

@@ -41,9 +41,9 @@ def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification
 
 def data_of(config: RunConfig) -> dict[str, Shards]:
     """The shards that the run reads, by the key that names them."""
-    shards = {"data.shards": open_shards(config.data.shards)}
+    shards = {"data.shards": open_shards(config.data.shards, config.data.read)}
     if config.data.validation is not None:
-        shards["data.validation"] = open_shards(config.data.validation)
+        shards["data.validation"] = open_shards(config.data.validation, config.data.read)
     return shards
 
 

@@ -19,7 +19,8 @@ from axialtrain.data import encode
 from axialtrain.data.codec import encode_png
 from axialtrain.data.fetch import merge
 from axialtrain.data.readers import open_image
-from axialtrain.data.region import Shards, open_shards
+from axialtrain.data.reading import ByteSource
+from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED
 from axialtrain.grid import Rect
@@ -270,13 +271,13 @@ def test_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_heads_are_fetched_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = open_shards(source.url)
     fetched = []
-    fetch = Shards._fetch
+    fetch = ByteSource.fetch
 
-    def counted(self: Shards, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def counted(self: ByteSource, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         fetched.append(ranges)
         return fetch(self, path, ranges)
 
-    monkeypatch.setattr(Shards, "_fetch", counted)
+    monkeypatch.setattr(ByteSource, "fetch", counted)
     assert shards.head("wide") is shards.head("wide")
     assert len(fetched) == 1
 

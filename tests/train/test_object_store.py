@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-import time
 from functools import partial
 
-import fsspec
 import pytest
 import torch
 from distributed.keep_ranks import die_in_upload, stop_server, train_with_faults
 from distributed.launcher import RankError, run_ranks
+from s3_server import SECRET, s3_server
 
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.train.checkpoint import newest, steps_in
@@ -23,55 +20,13 @@ from axialtrain.train.storage import Folder
 
 pytestmark = pytest.mark.slow
 
-SECRET = "the-secret-key"
 STEPS = 6
-
-
-class Server:
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "the-key",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "1",
-        }
-
-    def wait(self) -> None:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.1)
-        raise TimeoutError("the server did not start")
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=10)
 
 
 @pytest.fixture
 def server(monkeypatch):
-    server = Server()
-    try:
-        server.wait()
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
-        type(fs).clear_instance_cache()
+    with s3_server(monkeypatch) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def run(server, folder, mesh, stage=1, **options):
