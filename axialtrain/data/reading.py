@@ -137,7 +137,9 @@ class ByteSource:
         """The first bytes of the file, up to `most`. Errors as `size` has them."""
         if self.local:
             return bytes(self._fs.cat_file(path, 0, most))
-        return self._wait_for(self._tried(lambda: self._ask("cat_file", path, 0, most), path))
+        return self._wait_for(
+            self._tried(lambda: self._ask("cat_file", path, start=0, end=most), path)
+        )
 
     def fetch(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes [start, stop) of the file for each of `ranges`, each as long as that.
@@ -242,11 +244,11 @@ class ByteSource:
 
         return sync(loop, wait)
 
-    async def _ask(self, what: str, *arguments: Any) -> Any:
-        """`info` or `cat_file` of the file system."""
+    async def _ask(self, what: str, path: str, **bounds: int) -> Any:
+        """`info` or `cat_file` of the file system, whose bounds have other places in each."""
         if self._fs.async_impl:
-            return await getattr(self._fs, f"_{what}")(*arguments)
-        return await asyncio.to_thread(getattr(self._fs, what), *arguments)
+            return await getattr(self._fs, f"_{what}")(path, **bounds)
+        return await asyncio.to_thread(getattr(self._fs, what), path, **bounds)
 
     async def _all(self, path: str, pieces: list[tuple[int, int]]) -> list[bytes]:
         """`pieces` of the file, as many at once as may be; the first that fails ends the others."""
@@ -260,7 +262,7 @@ class ByteSource:
 
     async def _piece(self, path: str, start: int, stop: int) -> bytes:
         async def asked() -> bytes:
-            data = await self._ask("cat_file", path, start, stop)
+            data = await self._ask("cat_file", path, start=start, end=stop)
             if len(data) > stop - start:
                 raise _LastingError(
                     f"{place(path, start, stop)}: its server sends {len(data)} bytes, allowed is "

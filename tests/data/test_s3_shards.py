@@ -71,7 +71,9 @@ def test_a_loader_reads_what_it_reads_of_local_files(
     server.stop()
     assert_alike(batches(warm, 9), batches(loader(source.url, read), 9))
     assert_alike(first, batches(loader(source.url, read), 1))
-    with pytest.raises(UnreachableError, match=r"bucket/shards/manifest\.json: its size: not to be"):
+    with pytest.raises(
+        UnreachableError, match=r"bucket/shards/manifest\.json: its size: not to be"
+    ):
         open_shards(URL, read)
 
 
