@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from axialtrain.data.config import DataConfig
+from axialtrain.data.reading import ReadConfig
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.registry import KINDS, build_backbone
 from axialtrain.models.transformer import AxialTransformerConfig
@@ -102,6 +103,14 @@ def test_a_long_override_is_one_like_any_other():
     assert config.model.axial_config.pattern == pattern
 
 
+def test_how_shards_are_read_is_a_group_within_data():
+    assert composed().data.read == ReadConfig()
+    data = composed(
+        "data.read.retries=8", "data.read.cache=/some/where", "data.read.timeout=5"
+    ).data
+    assert data.read == ReadConfig(retries=8, cache="/some/where", timeout=5.0)
+
+
 def test_the_run_folder_is_hydras():
     assert compose_run([SHARDS, "hydra.run.dir=/some/where"])[1].as_posix() == "/some/where"
     _, folder, text = compose_run([SHARDS, "name=mine"])
@@ -136,6 +145,8 @@ def test_composing_again_forgets_the_first():
         ("+train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
         ("++train.stepz=3", ["unknown key train.stepz", "allowed", "micro_batch", "steps"]),
         ("nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
+        ("data.read.retry=3", ["unknown key data.read.retry: allowed", "retries", "cache_gb"]),
+        ("data.read.retries=-1", ["data.read.retries is -1, allowed is from 0"]),
         ("+nonsense=3", ["unknown key nonsense", "allowed", "model", "mesh"]),
         ("task.hidden=0.5", ["unknown key task.hidden: allowed", "cells"]),  # the other task's
         ("+task.hidden=0.5", ["unknown key task.hidden", "allowed", "classes", "cells"]),
