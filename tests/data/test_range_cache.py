@@ -41,9 +41,12 @@ for number in range(start, start + int(sys.argv[3])):
 """
 
 
-def entry(number: int) -> tuple[str, bytes]:
-    data = number.to_bytes(8, "big") * (1 + number * 7919 % 9000)
-    return entry_name(number, len(data)), data
+def content(number: int) -> bytes:
+    return number.to_bytes(8, "big") * (1 + number * 7919 % 9000)
+
+
+def name_of(number: int) -> str:
+    return entry_name(number, 8 * (1 + number * 7919 % 9000))
 
 
 def write(folder: Path, start: int, count: int) -> subprocess.Popen[str]:
@@ -70,10 +73,11 @@ def held(folder: Path) -> int:
 def assert_right(folder: Path, numbers: range) -> int:
     """Each entry has what belongs to its name; how many there are."""
     cache = RangeCache(folder, LIMIT)
-    known = dict(entry(number) for number in numbers)
+    known = {name_of(number): number for number in numbers}
     names = [path.name for path in folder.glob("*.range")]
     for name in names:
-        assert cache.get(name, len(known[name])) == known[name]
+        data = content(known[name])
+        assert cache.get(name, len(data)) == data
     return len(names)
 
 
@@ -226,16 +230,15 @@ def test_killed_writers_leave_right_entries_and_the_limit(tmp_path: Path) -> Non
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
         assert held(tmp_path) <= LIMIT
-        # What is found without counting anew, too: the next one trusts the count that is left.
-        cache = RangeCache.__new__(RangeCache)
-        cache.folder, cache.limit, cache._written, cache._patience = tmp_path, LIMIT, True, 1.0
-        for number in range(8 * count, 8 * count + 3):
-            name, data = entry(number)
-            cache.put({name: data})
+        # What the next one trusts, who does not count anew before it reaches the limit.
+        assert int((tmp_path / "lock").read_bytes()) >= held(tmp_path) > 0
+        first = kill * count
+        assert assert_right(tmp_path, range(first, first + 50_000)) > 0
+        cache = RangeCache(tmp_path, LIMIT)
+        for number in range(first + count - 40, first + count):
+            cache.put({name_of(number): content(number)})
             assert held(tmp_path) <= LIMIT
-            assert cache.get(name, len(data)) == data
-            cache.drop(name)
-        assert assert_right(tmp_path, range(kill * count, kill * count + 50_000)) > 0
+        assert cache.get(name_of(number), len(content(number))) == content(number)
         for path in tmp_path.glob("*.range"):
             path.unlink()
 
@@ -253,7 +256,7 @@ def test_a_process_that_is_stopped_hinders_nobody(
 ) -> None:
     monkeypatch.setattr(range_cache, "PATIENCE", 0.2)
     cache = RangeCache(tmp_path, LIMIT)
-    name, data = entry(1)
+    name, data = name_of(1), content(1)
     with (tmp_path / "lock").open("r+b") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         start = time.monotonic()
