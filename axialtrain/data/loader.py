@@ -21,25 +21,14 @@ from torch import Tensor
 
 from axialtrain.data.config import DataConfig
 from axialtrain.data.damage import Damage
-from axialtrain.data.normalise import Normalise
-from axialtrain.data.order import Order, OrderState
+from axialtrain.data.mixing import MixedShards
+from axialtrain.data.normalise import Normalise, normalisation
+from axialtrain.data.order import OrderState
 from axialtrain.data.region import Shards
-from axialtrain.data.store import UNLABELLED, ImageRow
-from axialtrain.grid import Place, Rect, tokens_across
-
-MAX_WINDOWS = 10_000_000  # a list of them takes some 3 GB
-
-
-@dataclass(frozen=True)
-class Window:
-    """A sample: `rect` of the image `name`, in px; it may reach outside a small image."""
-
-    name: str
-    rect: Rect
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}@{self.rect.top},{self.rect.left}"
+from axialtrain.data.store import UNLABELLED
+from axialtrain.data.streams import stream_of, windows_of
+from axialtrain.data.windows import Window
+from axialtrain.grid import Place, tokens_across
 
 
 @dataclass(frozen=True)
@@ -82,36 +71,6 @@ class _Slot:
     window: Window
     sample: int
     filler: bool
-
-
-def cut_windows(images: Sequence[ImageRow], size: Sequence[int] | None) -> list[Window]:
-    """The windows of `images`, of size (height, width) px; None: each image is one window.
-
-    They lie edge to edge; the last of a line moves back inside the image, and so overlaps the one
-    before. An image smaller than the window gives one that reaches outside. ValueError if they are
-    more than can be listed.
-    """
-    if size is not None:
-        count = sum(-(-image.height // size[0]) * -(-image.width // size[1]) for image in images)
-        if count > MAX_WINDOWS:
-            raise ValueError(
-                f"data.window is {list(size)}, which makes {count} windows of {len(images)} "
-                f"images, allowed are at most {MAX_WINDOWS}"
-            )
-    windows = []
-    for image in images:
-        height, width = (image.height, image.width) if size is None else (size[0], size[1])
-        for top in _starts(image.height, height):
-            for left in _starts(image.width, width):
-                windows.append(Window(image.name, Rect(top, top + height, left, left + width)))
-    return windows
-
-
-def _starts(length: int, window: int) -> list[int]:
-    starts = list(range(0, max(length - window, 0) + 1, window))
-    if starts[-1] + window < length:
-        starts.append(length - window)
-    return starts
 
 
 def memory_bytes() -> int:
@@ -172,7 +131,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | MixedShards,
         config: DataConfig,
         *,
         patch: int,
@@ -203,9 +162,11 @@ class Loader:
         self.batch = batch
         self.micro_batch = micro_batch
         self.accumulation = -(-batch // (micro_batch * data_ranks))
-        self._normalise = Normalise(shards.kind, config.mean, config.std)
-        self.windows = cut_windows(shards.images, config.window)
-        self.order = Order(len(self.windows), seed)
+        self._normalise = Normalise(shards.kind, *normalisation(shards, config))
+        self.windows = windows_of(shards, config)
+        self.order, self._plan = stream_of(
+            shards, self.windows, config, seed=seed, batch=batch, patch=patch
+        )
         self.bytes_read = 0
         self.tiles_decoded = 0
         self.grids = self._check_sizes()
@@ -228,17 +189,24 @@ class Loader:
 
     def state(self, step: int) -> OrderState:
         """Where the order stands when `step` optimizer steps are complete."""
-        return OrderState(step * self.batch, self.order.seed, self.shards.digest)
+        return OrderState(step * self.batch, self.order.seed, self.shards.digest, plan=self._plan)
 
     def resume(self, state: OrderState) -> int:
         """The optimizer step with which a run saved at `state` goes on.
 
-        ValueError if these are other shards, another seed, or a batch that does not divide.
+        ValueError if these are other shards, another seed, a batch that does not divide, or a key
+        that the order follows from differs.
         """
         if state.manifest != self.shards.digest:
             raise ValueError(
                 "data.shards is not what the saved run read (another manifest), allowed is the same"
             )
+        for key in sorted(self._plan.keys() | state.plan.keys()):
+            if self._plan.get(key) != state.plan.get(key):
+                raise ValueError(
+                    f"{key} is not what the saved run had, and the order of its samples follows "
+                    "from it: allowed is the same"
+                )
         if state.seed != self.order.seed:
             raise ValueError(f"seed is {self.order.seed}, allowed is the saved run's {state.seed}")
         step, rest = divmod(state.next_index, self.batch)
@@ -257,7 +225,7 @@ class Loader:
         Judged by the largest part that any rank can have, so that all ranks refuse alike.
         """
         places: dict[tuple[int, int], Place] = {}
-        for window in self.windows:
+        for window in self.windows.of_each_size():
             key = (window.rect.height, window.rect.width)
             if key not in places:
                 try:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from axialtrain.data.kinds import Kind
 from axialtrain.data.order import Stream
+from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import Region, Shards, open_shards
 from axialtrain.data.sets import ShardSet, sets_of
 from axialtrain.data.store import Head, ImageRow
@@ -101,10 +102,12 @@ class MixedShards:
         shards, own = self._of(name)
         return shards.head(own)
 
-    def region(self, name: str, rect: Rect) -> Region:
-        """As `Shards.region`."""
+    def region(self, name: str, rect: Rect, *, spare: bool = False) -> Region:
+        """As `Shards.region`; what is damaged has the image's name with the set's number, too."""
         shards, own = self._of(name)
-        return shards.region(own, rect)
+        region = shards.region(own, rect, spare=spare)
+        damaged = tuple(replace(one, image=name) for one in region.damaged)
+        return replace(region, damaged=damaged)
 
     def _of(self, name: str) -> tuple[Shards, str]:
         number, _, own = name.partition("/")
@@ -116,12 +119,15 @@ class MixedShards:
         return self.sets[int(number)], own
 
 
-def open_sets(value: Any) -> Shards | MixedShards:
-    """The shards that `data.shards` names; ValueError as `sets_of` and `open_shards` have it."""
+def open_sets(value: Any, read: ReadConfig | None = None) -> Shards | MixedShards:
+    """The shards that `data.shards` names; errors as `sets_of` and `open_shards` have them.
+
+    read: how, over a network.
+    """
     given = sets_of(value)
     if len(given) == 1:
-        return open_shards(given[0].url)
-    return MixedShards([open_shards(one.url) for one in given], given)
+        return open_shards(given[0].url, read)
+    return MixedShards([open_shards(one.url, read) for one in given], given)
 
 
 def parts_of(shards: Shards | MixedShards) -> list[int]:

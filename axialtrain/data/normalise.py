@@ -8,8 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.checked import shown
-from axialtrain.data.config import PerBand
+from axialtrain.data.config import MEASURED, DataConfig, PerBand
 from axialtrain.data.kinds import Kind, Raster
+from axialtrain.data.manifest import Manifest
+from axialtrain.data.mixing import MixedShards
+from axialtrain.data.region import Shards
+from axialtrain.data.sets import sets_of
 
 _FULL = {"uint8": 255, "uint16": 65535}  # what becomes 1; float32 is taken as it is
 
@@ -54,3 +58,38 @@ class Normalise:
                 values[..., band] = table[pixels[..., band]]
         values[~present] = 0
         return values
+
+
+def normalisation(shards: Shards | MixedShards, config: DataConfig) -> tuple[PerBand, PerBand]:
+    """(mean, std) of `config`; where it leaves them to the manifest, lists of one for each band.
+
+    Of images of 8 and 16 bits in units of the full range 0..1. Of several sets: of the mix that
+    their weights make, so a set counts by its weight, not by its pixels. ValueError, saying how to
+    get them, where a manifest has none, or a band has one value alone.
+    """
+    if config.mean != MEASURED:
+        return config.mean, config.std
+    sets = list(shards.sets) if isinstance(shards, MixedShards) else [shards]
+    shares = shards.shares if isinstance(shards, MixedShards) else [1]
+    urls = [one.url for one in sets_of(config.shards)]
+    means, variances = [], []
+    for url, one in zip(urls, sets, strict=True):
+        found = Manifest(one.images).statistics
+        if found is None or not found.count:
+            raise ValueError(
+                f"data.mean is {MEASURED}, but the manifest of {url} has no statistics of its "
+                "images: `axialtrain shard --statistics` takes them, which is its default; "
+                "otherwise give data.mean and data.std in numbers"
+            )
+        means.append(found.mean)
+        variances.append(np.square(found.std))
+    mean = np.average(means, axis=0, weights=shares)
+    spread = np.array(variances) + np.square(means - mean)  # within the sets, and between them
+    std = np.sqrt(np.average(spread, axis=0, weights=shares))
+    if not std.all():
+        raise ValueError(
+            f"data.std is {MEASURED}, but band {int(np.argmin(std))} has one value alone in what "
+            f"{' and '.join(urls)} measured of it, allowed is data.mean and data.std in numbers"
+        )
+    full = _FULL.get(shards.dtype, 1)
+    return (mean / full).tolist(), (std / full).tolist()

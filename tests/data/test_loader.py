@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import MAX_WINDOWS, Batch, Loader, Steps, cut_windows
+from axialtrain.data.loader import Batch, Loader, Steps
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import Region, Shards, open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED, ImageRow
+from axialtrain.data.windows import MAX_WINDOWS, cut_windows
 from axialtrain.grid import Layout, Rect
 from axialtrain.tasks.panels import image_panel
 
@@ -436,9 +437,9 @@ def test_windows_are_counted_before_they_are_cut(
     images = [row("a", height, width), row("b", width, 1)]
     count = len(cut_windows(images, [window_height, window_width]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("axialtrain.data.loader.MAX_WINDOWS", count)
+        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count)
         assert len(cut_windows(images, [window_height, window_width])) == count
-        patch.setattr("axialtrain.data.loader.MAX_WINDOWS", count - 1)
+        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count - 1)
         with pytest.raises(ValueError, match=rf"which makes {count} windows"):
             cut_windows(images, [window_height, window_width])
 
