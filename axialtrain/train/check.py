@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from axialtrain.data.loader import Loader
+from axialtrain.data.mixing import MixedShards, lacking, open_sets
+from axialtrain.data.normalise import normalisation
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.models.registry import build_backbone
 from axialtrain.models.transformer import FEATURES
@@ -39,19 +42,38 @@ def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification
     )
 
 
-def data_of(config: RunConfig) -> dict[str, Shards]:
+def data_of(config: RunConfig) -> dict[str, Shards | MixedShards]:
     """The shards that the run reads, by the key that names them."""
-    shards = {"data.shards": open_shards(config.data.shards, config.data.read)}
+    shards = {"data.shards": open_sets(config.data.shards, config.data.read)}
     if config.data.validation is not None:
         shards["data.validation"] = open_shards(config.data.validation, config.data.read)
     return shards
 
 
-def loader_of(config: RunConfig, shards: Shards, at: tuple[int, int], data_rank: int) -> Loader:
-    """The batches of the rank at (row, col) = `at` of that data rank."""
+def with_statistics(config: RunConfig, shards: Shards | MixedShards) -> RunConfig:
+    """`config` with numbers for data.mean and data.std, of the training `shards` if it says so.
+
+    Held-out images are normalised by them, too. Raises ValueError where `shards` have none.
+    """
+    mean, std = normalisation(shards, config.data)
+    return replace(config, data=replace(config.data, mean=mean, std=std))
+
+
+def loader_of(
+    config: RunConfig,
+    shards: Shards | MixedShards,
+    at: tuple[int, int],
+    data_rank: int,
+    *,
+    held_out: bool = False,
+) -> Loader:
+    """The batches of the rank at (row, col) = `at` of that data rank.
+
+    held_out: whether the shards are those of validation.
+    """
     return Loader(
         shards,
-        config.data,
+        config.data.held_out if held_out else config.data,
         patch=config.model.patch_px,
         mesh_shape=(config.mesh.row, config.mesh.col),
         at=at,
@@ -90,6 +112,7 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         task.check(config.model)
     _check_best(config, task.metrics)
     shards_of = data_of(config)
+    config = with_statistics(config, shards_of["data.shards"])
     for key, shards in shards_of.items():
         url = getattr(config.data, key.removeprefix("data."))
         if config.model.bands != shards.bands:
@@ -106,7 +129,7 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
             if not shards.has_image_labels:
                 raise ValueError(
                     f"{key}={url}: its images have no class, which task={config.task.name} needs: "
-                    "shard them with --image-labels"
+                    f"shard them with --image-labels{lacking(shards, 'has_image_labels')}"
                 )
             if (shards.image_classes or 0) > task.image_classes:
                 raise ValueError(
@@ -116,7 +139,10 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                 )
         if task.classes is not None:
             if not shards.has_labels:
-                raise ValueError(f"{key}={url}: has no labels, which task={config.task.name} needs")
+                raise ValueError(
+                    f"{key}={url}: has no labels, which task={config.task.name} needs"
+                    f"{lacking(shards, 'has_labels')}"
+                )
             if (shards.classes or 0) > task.classes:
                 raise ValueError(
                     f"task.classes={task.classes}: {key}={url} has labels up to "
@@ -125,9 +151,12 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
         if task.instances and not shards.has_instances:
             raise ValueError(
                 f"{key}={url}: its images have no instances, which task={config.task.name} needs: "
-                "shard them with --instances"
+                f"shard them with --instances{lacking(shards, 'has_instances')}"
             )
-        for grid in loader_of(config, shards, at=(0, 0), data_rank=0).grids:
+        loader = loader_of(
+            config, shards, at=(0, 0), data_rank=0, held_out=key == "data.validation"
+        )
+        for grid in loader.grids:
             try:
                 config.model.check_grid(*grid)
             except ValueError as error:

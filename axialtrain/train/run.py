@@ -19,7 +19,7 @@ from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.models.registry import build_backbone
 from axialtrain.train.alike import RefusedError
-from axialtrain.train.check import data_of, loader_of, task_of
+from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
 from axialtrain.train.config import RunConfig
 from axialtrain.train.damages import Damages
@@ -123,9 +123,17 @@ def _run(
     if first and saved is not None:
         print(f"going on from step {saved.step} of {saved.where}", flush=True)
 
+    shards_of = data_of(config)
+    config = with_statistics(config, shards_of["data.shards"])
     loaders = {
-        key: loader_of(config, shards, at=mesh.at, data_rank=mesh.data.rank)
-        for key, shards in data_of(config).items()
+        key: loader_of(
+            config,
+            shards,
+            at=mesh.at,
+            data_rank=mesh.data.rank,
+            held_out=key == "data.validation",
+        )
+        for key, shards in shards_of.items()
     }
     loader = loaders["data.shards"]
     if saved is not None:
