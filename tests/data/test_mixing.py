@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,19 @@ def test_missing_statistics_say_how_to_get_them(pair: tuple[str, str], tmp_path:
     for one in ({"mean": "manifest"}, {"std": "manifest"}):
         with pytest.raises(ValueError, match=r"^data\.mean is .*allowed is manifest for both"):
             DataConfig("x", **one)  # type: ignore[arg-type]
+
+
+def test_damage_is_named_with_the_number_of_its_set(pair: tuple[str, str], tmp_path: Path) -> None:
+    shutil.copytree(pair[1], tmp_path / "damaged")
+    two = open_shards(pair[1])
+    shard, entry = tmp_path / "damaged" / two.row("a").shard, two.head("a").blocks[0]
+    data = bytearray(shard.read_bytes())
+    data[entry.offset + entry.length // 2] ^= 1
+    shard.write_bytes(data)
+    both = open_sets({pair[0]: 1, str(tmp_path / "damaged"): 1})
+    rect = Rect(0, 64, 0, 64)
+    damaged = both.region("1/a", rect, spare=True).damaged
+    assert {one.image for one in damaged} == {"1/a"}
+    assert both.region("0/a", rect, spare=True).damaged == ()
+    with pytest.raises(ValueError, match="damaged"):
+        both.region("1/a", rect)
