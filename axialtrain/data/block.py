@@ -91,6 +91,18 @@ class Block:
         with self._member(MASK) as data:
             return decode_mask(data, self._rect)
 
+    @cached_property
+    def labels(self) -> Pixels:
+        """The block's label raster, uint8 [h, w]; only where the image has labels."""
+        with self._member(LABELS) as data:
+            return decode_labels(data, self.head, self._rect)
+
+    @cached_property
+    def instances(self) -> Instances:
+        """The block's instance raster, uint16 [h, w]; only where the image has instances."""
+        with self._member(INSTANCES) as data:
+            return decode_numbers(data, self.head, self._rect)
+
     def paint_pixels(
         self,
         pixels: Raster,
@@ -128,17 +140,13 @@ class Block:
 
     def paint_labels(self, labels: Pixels, rect: Rect) -> None:
         """Copy the labels that `rect` meets into `labels`; an absent tile has none."""
-        if self.head.classes is None:
-            return
-        with self._member(LABELS) as data:
-            self._copy(decode_labels(data, self.head, self._rect), labels, rect)
+        if self.head.classes is not None:
+            self._copy(self.labels, labels, rect)
 
     def paint_instances(self, instances: Instances, rect: Rect) -> None:
         """Copy the instances that `rect` meets into `instances`; an absent tile has none."""
-        if self.head.instances is None:
-            return
-        with self._member(INSTANCES) as data:
-            self._copy(decode_numbers(data, self.head, self._rect), instances, rect)
+        if self.head.instances is not None:
+            self._copy(self.instances, instances, rect)
 
     @property
     def _rect(self) -> Rect:

@@ -15,6 +15,7 @@ from axialtrain.data.reading import ReadConfig
 from axialtrain.data.sampling import SampleConfig
 from axialtrain.data.sets import sets_of
 from axialtrain.data.windows import CutConfig
+from axialtrain.data.tile_order import TilesConfig
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
 MEASURED = "manifest"  # in their place: what `axialtrain shard` has measured
@@ -36,6 +37,7 @@ class DataConfig:
     read: how shards are read over a network.
     cut: how windows lie. sample: how often each is taken. buckets: tokens by which the sizes of
     whole images may differ in a step, None for any.
+    tiles: whether each stored tile is one sample instead.
     """
 
     shards: Any
@@ -50,6 +52,7 @@ class DataConfig:
     cut: CutConfig = field(default_factory=CutConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     buckets: int | None = None
+    tiles: TilesConfig = field(default_factory=TilesConfig)
 
     def __post_init__(self) -> None:
         sets_of(self.shards)
@@ -68,6 +71,15 @@ class DataConfig:
             allowed = "from 0 to 1 (of float32 images, any)"
             self.mean = _per_band("mean", self.mean, -most, most, allowed)
             self.std = _per_band("std", self.std, math.ulp(0), most, "of more than 0")
+        if self.tiles.each and self.window is not None:
+            raise ValueError(
+                f"data.window is {list(self.window)}, allowed is null with data=tiles, of which "
+                "each stored tile is a sample"
+            )
+        most = sys.float_info.max
+        allowed = "from 0 to 1 (of float32 images, any)"
+        self.mean = _per_band("mean", self.mean, -most, most, allowed)
+        self.std = _per_band("std", self.std, math.ulp(0), most, "of more than 0")
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
         if self.workers < 1:

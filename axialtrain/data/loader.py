@@ -23,11 +23,13 @@ from axialtrain.data.config import DataConfig
 from axialtrain.data.damage import Damage
 from axialtrain.data.mixing import MixedShards
 from axialtrain.data.normalise import Normalise, normalisation
-from axialtrain.data.order import OrderState
+from axialtrain.data.order import OrderState, Stream
 from axialtrain.data.region import Shards
 from axialtrain.data.store import UNLABELLED
 from axialtrain.data.streams import stream_of, windows_of
-from axialtrain.data.windows import Window
+from axialtrain.data.tile_reader import TileReader
+from axialtrain.data.tile_windows import TileWindows
+from axialtrain.data.windows import Window, Windows
 from axialtrain.grid import Place, tokens_across
 
 
@@ -163,10 +165,18 @@ class Loader:
         self.micro_batch = micro_batch
         self.accumulation = -(-batch // (micro_batch * data_ranks))
         self._normalise = Normalise(shards.kind, *normalisation(shards, config))
-        self.windows = windows_of(shards, config)
-        self.order, self._plan = stream_of(
-            shards, self.windows, config, seed=seed, batch=batch, patch=patch
-        )
+        self.windows: Windows | TileWindows
+        self.order: Stream
+        self._reader: Shards | MixedShards | TileReader = shards
+        if config.tiles.each:
+            self.windows = TileWindows(shards, config.tiles, mesh_shape)
+            self.order, self._plan = self.windows.order(seed), self.windows.plan
+            self._reader = self.windows.reader
+        else:
+            self.windows = windows_of(shards, config)
+            self.order, self._plan = stream_of(
+                shards, self.windows, config, seed=seed, batch=batch, patch=patch
+            )
         self.bytes_read = 0
         self.tiles_decoded = 0
         self.grids = self._check_sizes()
@@ -315,7 +325,7 @@ class Loader:
             part = place.pixels(self.patch, window.height, window.width)
             if slot.filler or part.empty:
                 continue
-            region = self.shards.region(
+            region = self._reader.region(
                 slot.window.name, part.shifted(window.top, window.left), spare=spare
             )
             faults[i] = region.damaged

@@ -250,6 +250,12 @@ class Shards:
         """
         return self._region(name, rect, rasters=True, spare=spare)
 
+    def block(self, name: str, entry: BlockEntry) -> Block:
+        """One block of the image `name`, checked. ValueError as `region` has it."""
+        path, span = self._path(name), Span(entry.offset, entry.offset + entry.length, entry.crc32c)
+        (data,) = self._source.spans(path, [span])
+        return Block.parse(data, self.head(name), entry, path)
+
     def indexes(self, name: str, blocks: Sequence[BlockEntry]) -> list[BlockIndex]:
         """What each of `blocks` of the image `name` holds, for the last bytes of each.
 
@@ -285,32 +291,10 @@ class Shards:
 
     def _region(self, name: str, rect: Rect, *, rasters: bool, spare: bool = False) -> Region:
         _check_rect(rect)
-        row, size = self.row(name), (rect.height, rect.width)
-        pixels = np.zeros((*size, row.bands), row.kind.numpy)
-        present = np.zeros(size, np.bool_)
-        labels = instances = None
-        if rasters and row.classes is not None:
-            labels = np.full(size, UNLABELLED, np.uint8)
-        if rasters and row.instances is not None:
-            instances = np.zeros(size, np.uint16)
         damaged: list[Damage] | None = [] if spare else None
         blocks, bytes_read = self._blocks_of(name, rect, damaged)
-        tiles = 0
-        for block in blocks:
-            tiles += block.paint_pixels(pixels, present, rect, damaged)
-            if labels is not None:
-                with _spared(block, "labels", damaged):
-                    block.paint_labels(labels, rect)
-            if instances is not None:
-                with _spared(block, "instances", damaged):
-                    block.paint_instances(instances, rect)
-        if damaged:  # a tile's rasters lie elsewhere than its pixels, and may be whole
-            if labels is not None:
-                labels[~present] = UNLABELLED
-            if instances is not None:
-                instances[~present] = 0
-        left_out = tuple(damaged or ())
-        return Region(pixels, labels, instances, present, bytes_read, tiles, left_out)
+        row = self.row(name)
+        return painted(row, rect, blocks, bytes_read, rasters=rasters, damaged=damaged)
 
     def _blocks_of(
         self, name: str, rect: Rect, damaged: list[Damage] | None
@@ -327,16 +311,12 @@ class Shards:
             return self._blocks(head, rect)
         except ValueError:
             pass  # one by one, to know which
-        fetch, path = fetch_for(head, rect), self._path(name)
-        blocks = []
+        fetch, blocks = fetch_for(head, rect), []
         for entry in fetch.blocks:
             try:
-                span = Span(entry.offset, entry.offset + entry.length, entry.crc32c)
-                (data,) = self._source.spans(path, [span])
-                blocks.append(Block.parse(data, head, entry, path))
+                blocks.append(self.block(name, entry))
             except ValueError as error:
-                stored = len(head.numbers_of(entry.row, entry.col)) - len(entry.empty)
-                damaged.append(Damage(name, "block", entry.row, entry.col, stored, str(error)))
+                damaged.append(block_damage(head, entry, error))
         return blocks, fetch.bytes
 
     def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
@@ -381,6 +361,50 @@ def _spared(block: Block, part: str, damaged: list[Damage] | None) -> Iterator[N
             raise
         index, name = block.index, block.head.name
         damaged.append(Damage(name, part, index.row, index.col, 0, str(error)))
+
+
+def painted(
+    image: ImageRow | Head,
+    rect: Rect,
+    blocks: Sequence[Block],
+    bytes_read: int,
+    *,
+    rasters: bool = True,
+    damaged: list[Damage] | None = None,
+) -> Region:
+    """`rect` of the image from the blocks that it touches; rasters: labels, instances, too.
+
+    damaged: what is left out already, to which what cannot be decoded is added; None: it is raised.
+    """
+    size = (rect.height, rect.width)
+    pixels = np.zeros((*size, image.bands), image.kind.numpy)
+    present = np.zeros(size, np.bool_)
+    labels = instances = None
+    if rasters and image.classes is not None:
+        labels = np.full(size, UNLABELLED, np.uint8)
+    if rasters and image.instances is not None:
+        instances = np.zeros(size, np.uint16)
+    tiles = 0
+    for block in blocks:
+        tiles += block.paint_pixels(pixels, present, rect, damaged)
+        if labels is not None:
+            with _spared(block, "labels", damaged):
+                block.paint_labels(labels, rect)
+        if instances is not None:
+            with _spared(block, "instances", damaged):
+                block.paint_instances(instances, rect)
+    if damaged:  # a tile's rasters lie elsewhere than its pixels, and may be whole
+        if labels is not None:
+            labels[~present] = UNLABELLED
+        if instances is not None:
+            instances[~present] = 0
+    return Region(pixels, labels, instances, present, bytes_read, tiles, tuple(damaged or ()))
+
+
+def block_damage(head: Head, entry: BlockEntry, error: ValueError) -> Damage:
+    """All of a block, for what is wrong with it."""
+    stored = len(head.numbers_of(entry.row, entry.col)) - len(entry.empty)
+    return Damage(head.name, "block", entry.row, entry.col, stored, str(error))
 
 
 def _check_rect(rect: Rect) -> None:
