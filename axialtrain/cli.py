@@ -168,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     sharding.add_argument("--jobs", type=int, default=1, help="processes")
     sharding.set_defaults(command=_bench_shard)
 
+    reading = benches.add_parser("data", help="how fast regions are read, and who waits for them")
+    reading.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
+    reading.add_argument("--slide", type=Path, help="one of JPEG tiles, to be read as well")
+    reading.add_argument("--side", type=int, default=16384, help="px of the scene")
+    reading.add_argument("--rounds", type=int, default=15, help="regions of each image")
+    reading.add_argument("--steps", type=int, default=20, help="of a model that takes a second")
+    reading.set_defaults(command=_bench_data)
+
     quickstart = commands.add_parser(
         "quickstart", help="scenes, shards and a trained model in the current folder"
     )
@@ -297,6 +305,21 @@ def _bench_shard(parsed: argparse.Namespace) -> int:
     from axialtrain.bench.shard import bench_shard
 
     print(bench_shard(parsed.out, side=parsed.side, jobs=parsed.jobs))
+    return 0
+
+
+def _bench_data(parsed: argparse.Namespace) -> int:
+    from axialtrain.bench.data import bench_data
+
+    print(
+        bench_data(
+            parsed.out,
+            slide=parsed.slide,
+            side=parsed.side,
+            rounds=parsed.rounds,
+            steps=parsed.steps,
+        )
+    )
     return 0
 
 

@@ -62,7 +62,7 @@ def bench_shard(out: Path, *, side: int, jobs: int) -> str:
     try:
         print(f"drawing {side} x {side} px", flush=True)
         image = folder / "scene.tif"
-        _write(image, side)
+        write_scene(image, side)
         results = {way: _measured(folder, image, options, jobs) for way, options in WAYS.items()}
     finally:
         shutil.rmtree(folder)
@@ -110,7 +110,7 @@ def _measured(folder: Path, image: Path, options: list[str], jobs: int) -> dict[
     return dict(result)
 
 
-def _write(path: Path, side: int) -> None:
+def write_scene(path: Path, side: int) -> None:
     """A scene of DRAWN px, repeated, as a pyramid of JPEG tiles down to one of them."""
     pixels = draw_scene(size=DRAWN, seed=0).pixels
     levels = [side]

@@ -33,7 +33,7 @@ from axialtrain.data.store import (
     block_key,
     count_classes,
 )
-from axialtrain.data.tar import is_file, parse_header
+from axialtrain.data.tar import is_file, parse_header, plain_file
 from axialtrain.grid import Rect
 
 
@@ -116,10 +116,11 @@ class Block:
         are noted, which stay missing; None: they are raised.
         """
         count = 0
+        decoded: Raster | None = None  # whose memory the next one takes: it is in the cache
         for tile, whole, part in self.tiles(rect):
             try:
                 with self._member(tile.member) as data:
-                    decoded = decode_tile(data, self.head)
+                    decoded = decode_tile(data, self.head, decoded)
                 there = self._present(part)
             except ValueError as error:
                 if damaged is None:
@@ -127,9 +128,12 @@ class Block:
                 name = self.head.name
                 damaged.append(Damage(name, "tile", tile.row, tile.col, 1, str(error)))
                 continue
-            here = part.slices(rect)
+            here, found = part.slices(rect), decoded[part.slices(whole)]
             present[here] = there
-            np.copyto(pixels[here], decoded[part.slices(whole)], where=present[here][..., None])
+            if isinstance(there, bool):  # a copy under a mask takes ten times as long
+                pixels[here] = found
+            else:
+                np.copyto(pixels[here], found, where=there[..., None])
             count += 1
         return count
 
@@ -190,11 +194,14 @@ class Block:
 
 def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
     """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
+    inside = rect.intersect(head.rect)
+    top, bottom = inside.top // head.tile, -(-inside.bottom // head.tile)
+    left, right = inside.left // head.tile, -(-inside.right // head.tile)
     for tile in index.tiles:
+        if not (top <= tile.row < bottom and left <= tile.col < right):
+            continue
         whole = Rect(tile.row, tile.row + 1, tile.col, tile.col + 1).scaled(head.tile)
-        part = whole.intersect(head.rect).intersect(rect)
-        if not part.empty:
-            yield tile, whole, part
+        yield tile, whole, whole.intersect(inside)
 
 
 def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> BlockIndex | None:
@@ -220,9 +227,9 @@ def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> Block
     return None
 
 
-def decode_tile(data: bytes, head: Head) -> Raster:
-    """A tile of the image of `head`, [tile, tile, bands] of its dtype."""
-    pixels = decode(data, (head.tile, head.tile, head.bands), head.dtype)
+def decode_tile(data: bytes, head: Head, out: Raster | None = None) -> Raster:
+    """A tile of the image of `head`, [tile, tile, bands] of its dtype. out: as in `decode`."""
+    pixels = decode(data, (head.tile, head.tile, head.bands), head.dtype, out)
     if head.dtype == "float32" and not np.isfinite(pixels).all():
         raise ValueError("holds numbers that are not finite")
     return pixels
@@ -261,15 +268,19 @@ def _tar_members(data: memoryview, path: str, offset: int) -> Iterator[tuple[str
     """(name, member) of each file in `data`, which starts at byte `offset` of the shard."""
     at = 0
     while at < len(data):
-        try:
-            info = parse_header(bytes(data[at : at + TAR_RECORD]))
-        except ValueError as error:
-            raise ValueError(f"{path}: byte {offset + at}: {error}") from error
+        header = bytes(data[at : at + TAR_RECORD])
         at += TAR_RECORD
-        if not is_file(info, len(data) - at):
-            raise ValueError(
-                f"{path}: byte {offset + at}: member {info.name!r} is no file that ends in its "
-                f"block"
-            )
-        yield info.name, Member(offset + at, data[at : at + info.size])
-        at += -(-info.size // TAR_RECORD) * TAR_RECORD
+        if (plain := plain_file(header)) is not None and plain[1] <= len(data) - at:
+            name, size = plain
+        else:
+            try:
+                info = parse_header(header)
+            except ValueError as error:
+                raise ValueError(f"{path}: byte {offset + at - TAR_RECORD}: {error}") from error
+            name, size = info.name, info.size
+            if not is_file(info, len(data) - at):
+                raise ValueError(
+                    f"{path}: byte {offset + at}: member {name!r} is no file that ends in its block"
+                )
+        yield name, Member(offset + at, data[at : at + size])
+        at += -(-size // TAR_RECORD) * TAR_RECORD

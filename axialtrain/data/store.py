@@ -149,7 +149,8 @@ class BlockIndex:
             r = item.integer("row", top, bottom - 1)
             c = item.integer("col", left, right - 1)
             member = tile_member(r, c, head.encoding, head.block)
-            item.text("member", re.compile(re.escape(member)), f"{member!r} for this tile")
+            if item.values.get("member") != member:
+                raise item.wrong("member", f"{member!r} for this tile")
             if (r, c) in tiles:
                 raise ValueError(f"{item.where}: tile row={r} col={c} stands there twice")
             tiles[r, c] = Tile(r, c, member, item.integer("crc32c", 0, _CRC_MAX))

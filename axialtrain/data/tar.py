@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
+import zlib
 
+_FILE = ord(tarfile.REGTYPE)
+_OCTAL = re.compile(rb"[0-7]+[\0 ]*")
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -21,6 +25,30 @@ def parse_header(data: bytes) -> tarfile.TarInfo:
         return tarfile.TarInfo.frombuf(data, "ascii", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         raise ValueError(f"no tar header where one belongs ({error})") from error
+
+
+def plain_file(header: bytes) -> tuple[str, int] | None:
+    """(name, size) of an ordinary file from a sound ustar header with a name in ASCII.
+
+    None where `parse_header` must tell more. It takes a tenth of the time of that.
+    """
+    size, sums = header[124:136], header[148:156]
+    if (
+        header[257:265] != b"ustar\x0000"
+        or header[156] != _FILE
+        or header[345]
+        or len(header) != 512
+    ):
+        return None
+    if not _OCTAL.fullmatch(size) or not _OCTAL.fullmatch(sums):
+        return None
+    # The sum of its bytes, those of the sum itself taken as spaces. Adler-32 has it in its lower
+    # half, plus one; larger sums than fit there are not of names and numbers.
+    found = (zlib.adler32(header) & 0xFFFF) - 1 - sum(sums) + 8 * ord(" ")
+    name = header[:100].partition(b"\0")[0]
+    if found != int(sums.rstrip(b"\0 "), 8) or not name.isascii():
+        return None
+    return name.decode("ascii"), int(size.rstrip(b"\0 "), 8)
 
 
 def is_file(info: tarfile.TarInfo, most: int) -> bool:

@@ -35,7 +35,7 @@ def test_each_way_is_run_and_compared(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_scene_is_repeated_at_every_level(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(bench, "DRAWN", 512)
-    bench._write(tmp_path / "a.tif", 1024)
+    bench.write_scene(tmp_path / "a.tif", 1024)
     drawn = draw_scene(size=512, seed=0).pixels.astype(int)
     with open_image(tmp_path / "a.tif") as image:
         assert (image.height, image.width, image.levels, image.jpeg) == (1024, 1024, 3, True)
