@@ -40,7 +40,7 @@ class TileWindows(Sequence[Window]):
     def __len__(self) -> int:
         return len(self._tiles)
 
-    def __getitem__(self, number: int) -> Window:  # type: ignore[override] (there are no slices)
+    def __getitem__(self, number: int) -> Window:  # type: ignore[override]  # there are no slices
         place = self._tiles.place(number, self._shards)
         return Window(place.image, place.rect)
 

@@ -23,7 +23,7 @@ from axialtrain.data.tile_reader import StoredTiles, TileReader
 Sample = dict[str, Any]
 
 
-class TileStream(webdataset.DataPipeline, FluidInterface):  # type: ignore[misc]
+class TileStream(webdataset.DataPipeline, FluidInterface):
     """A pipeline of tiles, an IterableDataset: one pass is one epoch of its rank and worker.
 
     It takes webdataset's stages: `.map(...)`, `.batched(...)`, `.compose(...)`.

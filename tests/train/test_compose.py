@@ -242,3 +242,13 @@ def test_without_shards_it_is_said_what_to_give(experiment):
     overrides = [] if experiment is None else [f"experiment={experiment}"]
     with pytest.raises(ValueError, match=r"^data\.shards is not set: give data\.shards="):
         compose_run(overrides)
+
+
+def test_tiles_are_chosen_by_the_data_group():
+    assert not composed().data.tiles.each
+    data = composed("data=tiles", "data.tiles.mix=3", "data.mean=0.4").data
+    assert (data.tiles.each, data.tiles.mix, data.mean, data.window) == (True, 3, 0.4, None)
+    with pytest.raises(ValueError, match=r"data\.window is \[64, 64\], allowed is null with data="):
+        composed("data=tiles", "data.window=[64,64]")
+    with pytest.raises(ValueError, match="unknown key data.tiles.other"):
+        composed("data=tiles", "data.tiles.other=1")
