@@ -8,6 +8,7 @@ that what else the machine does meets them alike. What counts are medians of rat
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -218,7 +219,9 @@ def _over_read() -> dict[str, Any]:
     rng = np.random.Generator(np.random.Philox(key=1))
     found = []
     for _ in range(IMAGES):
-        height, width = (int(np.exp(x)) for x in rng.uniform(*np.log(SIDES), 2))
+        height, width = (
+            int(np.exp(x)) for x in rng.uniform(math.log(SIDES[0]), math.log(SIDES[1]), 2)
+        )
         head, sizes = _drawn_head(height, width, rng)
         found += [_over_read_of(head, sizes, mesh) for mesh in MESHES]
     return {

@@ -250,5 +250,5 @@ def test_tiles_are_chosen_by_the_data_group():
     assert (data.tiles.each, data.tiles.mix, data.mean, data.window) == (True, 3, 0.4, None)
     with pytest.raises(ValueError, match=r"data\.window is \[64, 64\], allowed is null with data="):
         composed("data=tiles", "data.window=[64,64]")
-    with pytest.raises(ValueError, match="unknown key data.tiles.other"):
+    with pytest.raises(ValueError, match=r"unknown key data\.tiles\.other"):
         composed("data=tiles", "data.tiles.other=1")
