@@ -14,8 +14,8 @@ from axialtrain.data.kinds import MAX_FEATURES
 from axialtrain.data.reading import ReadConfig
 from axialtrain.data.sampling import SampleConfig
 from axialtrain.data.sets import sets_of
-from axialtrain.data.windows import CutConfig
 from axialtrain.data.tile_order import TilesConfig
+from axialtrain.data.windows import CutConfig
 
 PerBand = float | Sequence[float]  # one number for all bands, or one for each
 MEASURED = "manifest"  # in their place: what `axialtrain shard` has measured
@@ -85,6 +85,16 @@ class DataConfig:
         if self.workers < 1:
             raise ValueError(f"data.workers is {self.workers}, allowed is at least 1")
         self.cut.stride_of(self.window)
+        for key, plain in (
+            ("cut", self.cut == CutConfig()),
+            ("sample", self.sample.plain),
+            ("buckets", self.buckets is None),
+        ):
+            if self.tiles.each and not plain:
+                raise ValueError(
+                    f"data.{key} is set, allowed is its default with data=tiles, of which each "
+                    "stored tile is a sample, as often as any other"
+                )
         if self.buckets is not None and (self.buckets < 1 or self.window is not None):
             beside = "" if self.window is None else f" with data.window={list(self.window)}"
             raise ValueError(
