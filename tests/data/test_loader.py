@@ -341,9 +341,9 @@ def test_prefetch_is_bounded_and_ends_with_the_iterator(
     read = []
     region = Shards.region
 
-    def counted(self: Shards, name: str, rect: Rect) -> Region:
+    def counted(self: Shards, name: str, rect: Rect, *, spare: bool) -> Region:
         read.append(name)
-        return region(self, name, rect)
+        return region(self, name, rect, spare=spare)
 
     monkeypatch.setattr(Shards, "region", counted)
     steps = loader(source, [64, 64], batch=1, config={"prefetch": 2}).steps(0, 1000)
@@ -400,11 +400,11 @@ def test_error_in_a_thread_reaches_the_consumer(
     calls = []
     region = Shards.region
 
-    def failing(self: Shards, name: str, rect: Rect) -> Region:
+    def failing(self: Shards, name: str, rect: Rect, *, spare: bool) -> Region:
         calls.append(name)
         if len(calls) == 3:
             raise ValueError("shard: byte 7: is damaged")
-        return region(self, name, rect)
+        return region(self, name, rect, spare=spare)
 
     monkeypatch.setattr(Shards, "region", failing)
     got = []

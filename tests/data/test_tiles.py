@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from axialtrain.data.config import DataConfig
 from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
+from axialtrain.data.sampling import SampleConfig
 from axialtrain.data.tile_order import TileOrder, TilesConfig
 from axialtrain.data.tile_reader import StoredTiles, TileReader
 from axialtrain.data.tiles import tile_stream
+from axialtrain.data.windows import CutConfig
 from axialtrain.grid import Rect
 
 if TYPE_CHECKING:
@@ -250,4 +252,15 @@ def test_what_training_on_tiles_refuses(source: Source) -> None:
         DataConfig(source.url, window=[64, 64], tiles=TilesConfig(True))
     with pytest.raises(ValueError, match=r"data\.tiles\.mix is 0, allowed is 1 to 1024"):
         TilesConfig(True, 0)
-    assert loader(source).cut == ["tiles, mix=2", TILES]
+    one = loader(source)
+    assert len(one.windows) == TILES
+    state = one.state(3)
+    with pytest.raises(ValueError, match=r"data\.tiles\.mix is not what the saved run had"):
+        loader(source, mix=3).resume(state)
+    for key, value in (
+        ("cut", CutConfig(tissue=0.5)),
+        ("sample", SampleConfig(by="balanced")),
+        ("buckets", 4),
+    ):
+        with pytest.raises(ValueError, match=rf"data\.{key} is set, allowed is its default"):
+            DataConfig(source.url, tiles=TilesConfig(True), **{key: value})
