@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from axialtrain.data.augment import AugmentConfig
 from axialtrain.data.checked import shown
 from axialtrain.data.damage import DamageConfig
 from axialtrain.data.kinds import MAX_FEATURES
@@ -32,12 +33,13 @@ class DataConfig:
     own: one number, or a list of one for each band (Any, as OmegaConf knows no such union; floats
     after construction). `Loader`, which knows the shards, holds them to their bands and range. Both
     "manifest": those of the bands of `shards`, as its manifest has them.
+    bands: of the stored ones those that the model is given, counted from 0, in this order and as
+    often as they are named; None for all. augment: what differs each time a sample is seen.
     prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
-    damage: what is done where stored bytes are damaged.
-    read: how shards are read over a network.
+    damage: what is done where stored bytes are damaged. read: how shards are read over a network.
     cut: how windows lie. sample: how often each is taken. buckets: tokens by which the sizes of
-    whole images may differ in a step, None for any.
-    tiles: whether each stored tile is one sample instead.
+    whole images may differ in a step, None for any. tiles: whether each stored tile is one sample
+    instead.
     """
 
     shards: Any
@@ -53,6 +55,8 @@ class DataConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     buckets: int | None = None
     tiles: TilesConfig = field(default_factory=TilesConfig)
+    bands: list[int] | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         sets_of(self.shards)
@@ -76,10 +80,18 @@ class DataConfig:
                 f"data.window is {list(self.window)}, allowed is null with data=tiles, of which "
                 "each stored tile is a sample"
             )
-        most = sys.float_info.max
-        allowed = "from 0 to 1 (of float32 images, any)"
-        self.mean = _per_band("mean", self.mean, -most, most, allowed)
-        self.std = _per_band("std", self.std, math.ulp(0), most, "of more than 0")
+        if self.bands is not None and not (
+            1 <= len(self.bands) <= MAX_FEATURES and min(self.bands) >= 0
+        ):
+            raise ValueError(
+                f"data.bands is {shown(list(self.bands))}, allowed are 1 to {MAX_FEATURES} numbers "
+                "of bands, from 0, or null for all"
+            )
+        if self.augment.shift and self.window is None:
+            raise ValueError(
+                f"data.augment.shift is {self.augment.shift}, allowed is 0 where data.window is "
+                "null: whole images do not move"
+            )
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
         if self.workers < 1:
@@ -104,9 +116,9 @@ class DataConfig:
 
     @property
     def held_out(self) -> DataConfig:
-        """How the images of `validation` are read: each window once, edge to edge."""
+        """How the images of `validation` are read: each window once, edge to edge, as it is."""
         cut = replace(self.cut, stride=None, overlap=None)
-        return replace(self, cut=cut, sample=SampleConfig(), buckets=None)
+        return replace(self, cut=cut, sample=SampleConfig(), buckets=None, augment=AugmentConfig())
 
 
 def _per_band(key: str, value: Any, low: float, high: float, allowed: str) -> PerBand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,18 @@ class Kind:
         """Those that a tile of such pixels may have."""
         jpeg = self.dtype == "uint8" and self.bands in _JPEG_BANDS
         return ("jpg", self.lossless) if jpeg else (self.lossless,)
+
+
+def chosen(kind: Kind, bands: Sequence[int] | None) -> Kind:
+    """What the model is given of images of `kind`: those of its bands, None for all.
+
+    ValueError, naming `data.bands`, if there is no such band.
+    """
+    if bands is None:
+        return kind
+    if max(bands) >= kind.bands:
+        raise ValueError(
+            f"data.bands has {max(bands)}, allowed are 0 to {kind.bands - 1}, of images that have "
+            f"{kind}"
+        )
+    return Kind(len(bands), kind.dtype)

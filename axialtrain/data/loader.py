@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from axialtrain.data.augment import Drawn, draw, sizes_shown
+from axialtrain.data.colours import Colours
 from axialtrain.data.config import DataConfig
 from axialtrain.data.damage import Damage
 from axialtrain.data.mixing import MixedShards
@@ -29,6 +31,7 @@ from axialtrain.data.store import UNLABELLED
 from axialtrain.data.streams import stream_of, windows_of
 from axialtrain.data.tile_reader import TileReader
 from axialtrain.data.tile_windows import TileWindows
+from axialtrain.data.turns import View
 from axialtrain.data.windows import Window, Windows
 from axialtrain.grid import Place, tokens_across
 
@@ -68,11 +71,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One place in a micro-batch: which window, under which index, and whether it counts."""
+    """One place in a micro-batch: which window, under which index, and whether it counts; what
+    was drawn for it, and what of its image it shows therefore."""
 
     window: Window
     sample: int
     filler: bool
+    drawn: Drawn
+    view: View
 
 
 def memory_bytes() -> int:
@@ -125,10 +131,11 @@ class Loader:
     at: this rank's coordinates in it. data_rank of data_ranks: which samples are this rank's.
     batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
 
-    accumulation: micro-batches of one optimizer step. bytes_read, tiles_decoded: for the batches
-    that were handed out. ValueError, alike on all ranks, if the images are not of one kind of
-    pixels, or mean and std not for that kind; if the windows are too many, if any one's grid is
-    smaller than the mesh, or if what a rank holds of them is more than a machine's memory.
+    accumulation: micro-batches of one optimizer step. bands: of its batches. bytes_read,
+    tiles_decoded: for the batches that were handed out. ValueError, alike on all ranks, if the
+    images are not of one kind of pixels, or mean, std, bands or augment not for that kind; if the
+    windows are too many, if any one's grid is smaller than the mesh, or if what a rank holds of
+    them is more than a machine's memory.
     """
 
     def __init__(
@@ -164,7 +171,9 @@ class Loader:
         self.batch = batch
         self.micro_batch = micro_batch
         self.accumulation = -(-batch // (micro_batch * data_ranks))
-        self._normalise = Normalise(shards.kind, *normalisation(shards, config))
+        normalise = Normalise(shards.kind, *normalisation(shards, config), config.bands)
+        self.bands = normalise.kind.bands
+        self._colours = Colours(config.augment, normalise)
         self.windows: Windows | TileWindows
         self.order: Stream
         self._reader: Shards | MixedShards | TileReader = shards
@@ -236,10 +245,13 @@ class Loader:
         """
         places: dict[tuple[int, int], Place] = {}
         for window in self.windows.of_each_size():
-            key = (window.rect.height, window.rect.width)
-            if key not in places:
+            if (window.rect.height, window.rect.width) in places:
+                continue
+            for shown in sizes_shown(
+                self.config.augment, window.rect.height, window.rect.width, fixed=self._fixed
+            ):
                 try:
-                    places[key] = self._place([window])
+                    places[shown] = self._place([shown])
                 except ValueError as error:
                     raise ValueError(f"data.window: sample {window.id}: {error}") from None
         sizes = [(place.height, place.width) for place in places.values()]
@@ -250,9 +262,7 @@ class Loader:
         pixels = tokens * self.patch**2 * self.micro_batch
         # Besides those that are read ahead, one is being read and one is the consumer's.
         count = self.config.prefetch + 2
-        of_pixel = (
-            self.shards.bands * 4 + 1 + self.shards.has_labels + 4 * self.shards.has_instances
-        )
+        of_pixel = self.bands * 4 + 1 + self.shards.has_labels + 4 * self.shards.has_instances
         held = count * pixels * of_pixel
         if held > memory_bytes():
             size = "null" if self.config.window is None else str(list(self.config.window))
@@ -267,14 +277,27 @@ class Loader:
         slots = []
         for j in self._positions(accumulated):
             sample = step * self.batch + j % self.batch
-            slots.append(_Slot(self.windows[self.order[sample]], sample, j >= self.batch))
+            window = self.windows[self.order[sample]]
+            drawn = draw(self.config.augment, self.order.seed, sample)
+            slots.append(self._slot(window, sample, j >= self.batch, drawn))
         return slots
 
     def _slots_of_pass(self, index: int) -> list[_Slot]:
         count = len(self.windows)
         return [
-            _Slot(self.windows[j % count], j % count, j >= count) for j in self._positions(index)
+            self._slot(self.windows[j % count], j % count, j >= count, Drawn())
+            for j in self._positions(index)
         ]
+
+    def _slot(self, window: Window, sample: int, filler: bool, drawn: Drawn) -> _Slot:
+        row = self.shards.row(window.name)
+        view = drawn.view(window.rect, (row.height, row.width), fixed=self._fixed)
+        return _Slot(window, sample, filler, drawn, view)
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether all samples are of one size."""
+        return self.config.window is not None
 
     def _positions(self, index: int) -> range:
         """Positions, among those of all data ranks, of this rank's micro-batch number `index`."""
@@ -302,18 +325,19 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _place(self, windows: Sequence[Window]) -> Place:
-        """Of a micro-batch: the grid is the largest of its windows', smaller ones are padded."""
-        height = max(tokens_across(window.rect.height, self.patch) for window in windows)
-        width = max(tokens_across(window.rect.width, self.patch) for window in windows)
+    def _place(self, sizes: Sequence[tuple[int, int]]) -> Place:
+        """Of a micro-batch of samples of (height, width) px: the grid is the largest of theirs,
+        smaller ones are padded."""
+        height = max(tokens_across(height, self.patch) for height, _ in sizes)
+        width = max(tokens_across(width, self.patch) for _, width in sizes)
         return Place(height, width, shape=self.mesh_shape, at=self.at)
 
     def _load(self, slots: list[_Slot]) -> tuple[Batch, int, int]:
         """The micro-batch, and the bytes read and tiles decoded for it. Runs in a thread."""
-        place = self._place([slot.window for slot in slots])
+        place = self._place([slot.view.size for slot in slots])
         mine = place.rect.scaled(self.patch)  # px, from the window's corner
         size = (len(slots), mine.height, mine.width)
-        pixels = np.zeros((*size, self.shards.bands), np.float32)
+        pixels = np.zeros((*size, self.bands), np.float32)
         labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
         instances = np.zeros(size, np.int32) if self.shards.has_instances else None
         present = np.zeros(size, np.bool_)
@@ -321,21 +345,19 @@ class Loader:
         spare = self.config.damage.policy != "raise"
         faults: list[tuple[Damage, ...]] = [()] * len(slots)
         for i, slot in enumerate(slots):
-            window = slot.window.rect
-            part = place.pixels(self.patch, window.height, window.width)
+            view = slot.view
+            part = place.pixels(self.patch, *view.size)
             if slot.filler or part.empty:
                 continue
-            region = self._reader.region(
-                slot.window.name, part.shifted(window.top, window.left), spare=spare
-            )
+            region = self._reader.region(slot.window.name, view.source(part), spare=spare)
             faults[i] = region.damaged
             here = (i, *part.slices(mine))
-            pixels[here] = self._normalise(region.pixels, region.present)
-            present[here] = region.present
+            present[here] = view.shown(region.present)
+            pixels[here] = self._colours(view.shown(region.pixels), present[here], slot.drawn, part)
             if labels is not None and region.labels is not None:
-                labels[here] = region.labels
+                labels[here] = view.shown(region.labels)
             if instances is not None and region.instances is not None:
-                instances[here] = region.instances
+                instances[here] = view.shown(region.instances)
             bytes_read += region.bytes_read
             tiles_decoded += region.tiles_decoded
         p, (h, w) = self.patch, (place.rect.height, place.rect.width)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from axialtrain.data.kinds import chosen
 from axialtrain.data.loader import Loader
 from axialtrain.data.mixing import MixedShards, lacking, open_sets
 from axialtrain.data.normalise import normalisation
@@ -115,11 +116,10 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     config = with_statistics(config, shards_of["data.shards"])
     for key, shards in shards_of.items():
         url = getattr(config.data, key.removeprefix("data."))
-        if config.model.bands != shards.bands:
-            raise ValueError(
-                f"model.bands={config.model.bands}: the shards hold {shards.bands} bands "
-                f"({key}={url})"
-            )
+        bands = chosen(shards.kind, config.data.bands).bands
+        if config.model.bands != bands:
+            who = "the shards hold" if config.data.bands is None else "data.bands names"
+            raise ValueError(f"model.bands={config.model.bands}: {who} {bands} bands ({key}={url})")
         if config.model.patch == FEATURES and shards.dtype != "float32":
             raise ValueError(
                 f"model.patch={FEATURES}: {key}={url} holds images of {shards.dtype}, allowed are "

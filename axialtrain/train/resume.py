@@ -173,7 +173,8 @@ def state_of(config: RunConfig) -> dict[str, Any]:
 
 def pixels_of(config: RunConfig) -> dict[str, Any]:
     """How pixels become numbers."""
-    return {"mean": config.data.mean, "std": config.data.std}
+    data = config.data
+    return {"mean": data.mean, "std": data.std, "bands": data.bands}
 
 
 def take_over(saved: Saved, engine: Engine) -> None:
