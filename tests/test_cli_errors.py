@@ -72,6 +72,13 @@ BAD = {
     "shards": (["data.shards=nowhere"], "nowhere"),
     "mlp": (["model.mlp_ratio=0.01"], "model.mlp_ratio=0.01: allowed are"),
     "bands": (["model.bands=1"], "model.bands=1: the shards hold 3 bands"),
+    "named bands": (["data.bands=[0,2]"], "model.bands=3: data.bands names 2 bands"),
+    "no such band": (["data.bands=[0,1,3]"], "data.bands has 3, allowed are 0 to 2"),
+    "hue": (
+        ["data.augment.hue=0.1", "data.bands=[0]", "model.bands=1"],
+        "data.augment.hue is 0.1, allowed is 0 for pixels of 1 band of uint8",
+    ),
+    "shift": (["data.augment.shift=9"], "data.augment.shift is 9, allowed is 0 where data.window"),
     "timeout": (["launcher.timeout=nan"], "launcher.timeout=nan: allowed are"),
     "device": (["launcher.device=tpu"], "launcher.device='tpu': allowed are"),
     "classes": (["task.classes=3"], "task.classes=3: data.shards="),

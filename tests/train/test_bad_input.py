@@ -67,6 +67,7 @@ def refused(finished, small_shards, tmp_path, monkeypatch, capsys):
         ("optim=sgd", "optim.moments", "['momentum_buffer']", "['exp_avg', 'exp_avg_sq']"),
         ("seed=1", "seed", "1", "0"),
         ("data.mean=0.9", "data.mean", "0.9", "0.5"),
+        ("data.bands=[2,1,0]", "data.bands", "[2, 1, 0]", "None"),
         ("train.batch=2", "train.batch", "2", "1"),
     ],
 )
