@@ -88,6 +88,10 @@ class UnreachableError(OSError):
         return type(self), (self.path, self.start, self.stop, self.tries, self.cause)
 
 
+class DeniedError(OSError):
+    """What may be there is not to be had from here, and asking again will not change that."""
+
+
 def place(path: str, start: int | None, stop: int | None) -> str:
     """What was asked for, in words."""
     return f"{path}: its size" if start is None else f"{path}: bytes {start} to {stop}"

@@ -2,8 +2,9 @@
 
 A busy server, a lost connection, an answer that does not come or is cut short are passing: they are
 logged with their place, asked for again after a while, and in the end an UnreachableError. What is
-not there, or not for us, is a ValueError at once. Bytes that fail their checksum are fetched once
-more, past the cache, before whoever wanted them is given them as they are.
+not for us is a DeniedError at once, and what is not there a ValueError. Bytes that fail their
+checksum are fetched once more, past the cache, before whoever wanted them is given them as they
+are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from fsspec.asyn import get_loop, sync
 
 from axialtrain.data.fetch import merge
-from axialtrain.data.passing import UnreachableError, is_passing, place, status_of
+from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, place, status_of
 from axialtrain.data.range_cache import RangeCache, entry_name
 
 LOG = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class ByteSource:
     def size(self, path: str) -> int | None:
         """Bytes of the file at `path`, asked once; None where its server does not say.
 
-        FileNotFoundError where it is not there; ValueError where it is no file, or must not be
-        read; UnreachableError where there is no answer.
+        FileNotFoundError where it is not there; ValueError where it is no file; DeniedError where
+        it must not be read; UnreachableError where there is no answer.
         """
         return self._file(path).size
 
@@ -144,8 +145,8 @@ class ByteSource:
     def fetch(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes [start, stop) of the file for each of `ranges`, each as long as that.
 
-        ValueError, naming the place, where they are not there or must not be read; UnreachableError
-        where they do not come.
+        ValueError, naming the place, where they are not there; DeniedError where they must not be
+        read; UnreachableError where they do not come.
         """
         if self.local:
             starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
@@ -341,7 +342,7 @@ def _lasting(error: Exception, path: str, start: int | None, stop: int | None) -
             return error
         if _is_absent(error):
             return ValueError(f"{place(path, start, stop)}: the file is not there (any more)")
-    return ValueError(f"{place(path, start, stop)}: cannot be read ({_told(error)})")
+    return DeniedError(f"{place(path, start, stop)}: cannot be read ({_told(error)})")
 
 
 def _is_absent(error: FileNotFoundError) -> bool:

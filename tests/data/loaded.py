@@ -15,6 +15,7 @@ from axialtrain.data.config import DataConfig
 from axialtrain.data.listing import entries_of
 from axialtrain.data.loader import Loader
 from axialtrain.data.mixing import open_sets
+from axialtrain.data.normalise import Normalise, normalisation
 from axialtrain.data.shard import make_shards, prepare
 from axialtrain.data.sharding import Sharding
 from axialtrain.data.windows import Window
@@ -104,11 +105,12 @@ def stream(
 def serial(config: DataConfig, first: int, last: int, **options: Any) -> list[Any]:
     """The same stream, all in one list, as regions that are read one by one."""
     one = loader_of(config, **options)
+    normalise = Normalise(one.shards.kind, *normalisation(one.shards, config), config.bands)
     found = []
     for index in range(first * one.batch, last * one.batch):
         window: Window = one.windows[one.order[index]]
         pixels = np.zeros((window.rect.height, window.rect.width, one.shards.bands), np.float32)
         region = one.shards.region(window.name, window.rect)
-        pixels[...] = one._normalise(region.pixels, region.present)
+        pixels[...] = normalise(region.pixels, region.present)
         found.append((index, window.id, zlib.crc32(pixels.tobytes())))
     return found

@@ -25,7 +25,7 @@ from range_server import Fault, RangeServer, serving
 from yarl import URL
 
 from axialtrain.data import reading
-from axialtrain.data.passing import UnreachableError, is_passing
+from axialtrain.data.passing import DeniedError, UnreachableError, is_passing
 from axialtrain.data.reading import ByteSource, ReadConfig, Span, wait_before
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.grid import Rect
@@ -113,8 +113,6 @@ def test_what_does_not_pass_ends_in_one_error(
     ("fault", "message"),
     [
         (404, r"the file is not there \(any more\)"),
-        (403, "cannot be read .*403"),
-        (416, "cannot be read .*416"),
         ("whole", r"its server sends \d+ bytes, allowed is one that serves ranges"),
     ],
 )
@@ -128,6 +126,21 @@ def test_what_lasts_is_not_asked_for_again(
     assert str(raised.value).startswith(where(server, block(shards)))
     assert server.ranges() == [block(shards)]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("status", [401, 403, 416])
+def test_what_is_refused_is_no_damage(server: RangeServer, status: int) -> None:
+    """It would be masked, as damage that lasts is, although it says nothing of what is stored."""
+    shards = opened(server)
+    server.always[GET] = status
+    for spare in (False, True):
+        with pytest.raises(DeniedError, match=f"cannot be read .*{status}") as raised:
+            shards.region("small", WHOLE, spare=spare)
+        assert str(raised.value).startswith(where(server, block(shards)))
+    assert server.ranges() == [block(shards)] * 2
+    server.always[GET] = 404
+    (damage,) = shards.region("small", WHOLE, spare=True).damaged
+    assert "the file is not there (any more)" in damage.what
 
 
 def test_wrong_bytes_are_damage_when_they_come_twice(server: RangeServer) -> None:
@@ -270,7 +283,7 @@ def test_a_mount_that_stumbles_is_asked_again(
     np.testing.assert_array_equal(shards.read("small", 0, 0, 70, 50), source.pixels["small"])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     failing.extend([errno.EACCES] * 2)
-    with pytest.raises(ValueError, match=r"bytes \d+ to \d+: cannot be read \(PermissionError"):
+    with pytest.raises(DeniedError, match=r"bytes \d+ to \d+: cannot be read \(PermissionError"):
         shards.read("small", 0, 0, 70, 50)
 
 

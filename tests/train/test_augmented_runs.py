@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,25 @@ def test_validation_is_not_augmented(folder: Path) -> None:
     config, run = composed(folder, *turned)
     check(config, run, None)
     high = open_shards(str(folder / "high"))
-    one = loader_of(config, high, at=(0, 0), data_rank=0, key="data.validation")
+    one = loader_of(config, high, at=(0, 0), data_rank=0, held_out=True)
     assert one.config.augment == AugmentConfig()
     assert one.grids == [(6, 2)]
     with pytest.raises(ValueError, match="a grid of 2 x 6 tokens is smaller than mesh row=4"):
         loader_of(config, high, at=(0, 0), data_rank=0)
+
+
+@pytest.mark.slow
+def test_augmented_training_takes_the_same_steps_on_any_mesh(axialtrain, folder: Path) -> None:
+    losses = {}
+    for mesh in ("1x1", "2x1"):
+        done = axialtrain(
+            "train", *MODEL, f"mesh={mesh}", "data.shards=square", "data.window=[40,48]",
+            "data.bands=[2,0,1]", "data.augment.quarter_turns=true", "data.augment.shift=8",
+            "data.augment.hed=0.2", "data.augment.noise=0.1", "train.steps=2", "train.batch=2",
+            "optim=sgd", "logger=none", f"hydra.run.dir={folder / mesh}", cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = (folder / mesh / "metrics.jsonl").read_text().splitlines()
+        losses[mesh] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses["1x1"]) == 2
+    assert losses["2x1"] == pytest.approx(losses["1x1"], rel=1e-5)
