@@ -35,7 +35,8 @@ class DataConfig:
     "manifest": those of the bands of `shards`, as its manifest has them.
     bands: of the stored ones those that the model is given, counted from 0, in this order and as
     often as they are named; None for all. augment: what differs each time a sample is seen.
-    prefetch: micro-batches that are read ahead. workers: threads that read and decode them.
+    prefetch: micro-batches that are read ahead. workers: threads that read and decode them; None
+    chooses by the cores.
     damage: what is done where stored bytes are damaged. read: how shards are read over a network.
     cut: how windows lie. sample: how often each is taken. buckets: tokens by which the sizes of
     whole images may differ in a step, None for any. tiles: whether each stored tile is one sample
@@ -48,7 +49,7 @@ class DataConfig:
     mean: Any = 0.5
     std: Any = 0.25
     prefetch: int = 2
-    workers: int = 1
+    workers: int | None = None
     damage: DamageConfig = field(default_factory=DamageConfig)
     read: ReadConfig = field(default_factory=ReadConfig)
     cut: CutConfig = field(default_factory=CutConfig)
@@ -94,8 +95,10 @@ class DataConfig:
             )
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}, allowed is 0 or more")
-        if self.workers < 1:
-            raise ValueError(f"data.workers is {self.workers}, allowed is at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(
+                f"data.workers is {self.workers}, allowed is at least 1, or null, which chooses"
+            )
         self.cut.stride_of(self.window)
         for key, plain in (
             ("cut", self.cut == CutConfig()),

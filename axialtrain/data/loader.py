@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -69,6 +69,25 @@ class Batch:
     faults: tuple[tuple[Damage, ...], ...] = ()
 
 
+def moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with `move` of each tensor that a model or a loss takes."""
+    return replace(
+        batch,
+        pixels=move(batch.pixels),
+        labels=None if batch.labels is None else move(batch.labels),
+        present=move(batch.present),
+        valid=move(batch.valid),
+        weight=move(batch.weight),
+        targets=None if batch.targets is None else move(batch.targets),
+        instances=None if batch.instances is None else move(batch.instances),
+    )
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in pinned memory."""
+    return moved(batch, Tensor.pin_memory)
+
+
 @dataclass(frozen=True)
 class _Slot:
     """One place in a micro-batch: which window, under which index, and whether it counts; what
@@ -84,6 +103,17 @@ class _Slot:
 def memory_bytes() -> int:
     """Of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def default_workers(prefetch: int) -> int:
+    """Threads that read and decode on one of the ranks of this machine, where nobody has said.
+
+    The rank's share of the cores, but for one, on which it computes; and not more than there are
+    batches to be read at a time.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of torchrun and our launcher; of deepspeed
+    ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    return max(1, min(len(os.sched_getaffinity(0)) // ranks - 1, prefetch + 1))
 
 
 class Steps:
@@ -131,6 +161,8 @@ class Loader:
     at: this rank's coordinates in it. data_rank of data_ranks: which samples are this rank's.
     batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
 
+    pin: whether batches lie in memory that is copied to a GPU while it computes.
+
     accumulation: micro-batches of one optimizer step. bands: of its batches. bytes_read,
     tiles_decoded: for the batches that were handed out. ValueError, alike on all ranks, if the
     images are not of one kind of pixels, or mean, std, bands or augment not for that kind; if the
@@ -151,6 +183,7 @@ class Loader:
         batch: int,
         micro_batch: int,
         seed: int,
+        pin: bool = False,
     ) -> None:
         for key, value in (
             ("patch", patch),
@@ -170,6 +203,7 @@ class Loader:
         self.data_ranks = data_ranks
         self.batch = batch
         self.micro_batch = micro_batch
+        self._pin = pin
         self.accumulation = -(-batch // (micro_batch * data_ranks))
         normalise = Normalise(shards.kind, *normalisation(shards, config), config.bands)
         self.bands = normalise.kind.bands
@@ -311,7 +345,8 @@ class Loader:
         iterator, or an error in it, ends them.
         """
         pending: deque[Future[tuple[Batch, int, int]]] = deque()
-        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="axialtrain-data")
+        workers = self.config.workers or default_workers(self.config.prefetch)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="axialtrain-data")
         try:
             while True:
                 for slots in islice(jobs, self.config.prefetch + 1 - len(pending)):
@@ -374,7 +409,7 @@ class Loader:
             instances=None if instances is None else torch.from_numpy(instances),
             faults=tuple(faults) if spare else (),
         )
-        return batch, bytes_read, tiles_decoded
+        return (pinned(batch) if self._pin else batch), bytes_read, tiles_decoded
 
     def _targets(self, slots: list[_Slot]) -> Tensor | None:
         if not self.shards.has_image_labels:

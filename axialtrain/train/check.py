@@ -67,10 +67,11 @@ def loader_of(
     data_rank: int,
     *,
     held_out: bool = False,
+    pin: bool = False,
 ) -> Loader:
     """The batches of the rank at (row, col) = `at` of that data rank.
 
-    held_out: whether the shards are those of validation.
+    held_out: whether the shards are those of validation. pin: see `Loader`.
     """
     return Loader(
         shards,
@@ -83,6 +84,7 @@ def loader_of(
         batch=config.train.batch,
         micro_batch=config.train.micro_batch,
         seed=config.seed,
+        pin=pin,
     )
 
 

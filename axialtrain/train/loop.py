@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch, Loader
+from axialtrain.data.loader import Batch, Loader, moved
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance
@@ -275,17 +275,8 @@ def reading(run: Run) -> list[dict[str, int]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return replace(
-        batch,
-        pixels=batch.pixels.to(device),
-        labels=None if batch.labels is None else batch.labels.to(device),
-        present=batch.present.to(device),
-        valid=batch.valid.to(device),
-        weight=batch.weight.to(device),
-        targets=None if batch.targets is None else batch.targets.to(device),
-        instances=None if batch.instances is None else batch.instances.to(device),
-    )
+    """The batch with its tensors on `device`; from pinned memory while it computes."""
+    return moved(batch, lambda x: x.to(device, non_blocking=True))
 
 
 def report(

@@ -132,6 +132,7 @@ def _run(
             at=mesh.at,
             data_rank=mesh.data.rank,
             held_out=key == "data.validation",
+            pin=device.type == "cuda",
         )
         for key, shards in shards_of.items()
     }

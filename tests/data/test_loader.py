@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch, Loader, Steps
+from axialtrain.data.loader import Batch, Loader, Steps, default_workers
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import Region, Shards, open_shards
 from axialtrain.data.shard import shard_images
@@ -392,6 +392,34 @@ def test_step_outlives_its_steps_and_ends_its_threads(source: Source) -> None:
     assert len(list(step)) == 3
     del step
     assert workers() == []
+
+
+def test_workers_are_chosen_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert default_workers(2) == 3  # no more than can be read ahead
+    assert default_workers(99) == 15
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert default_workers(99) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_workers(99) == 1
+
+
+def test_batches_for_a_gpu_are_pinned(numbered: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x)
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = next(loader(numbered, pin=True, config={"prefetch": 0}).once())
+    assert [x.dtype for x in pinned] == [
+        torch.float32, torch.uint8, torch.bool, torch.bool, torch.float32, torch.int32
+    ]  # fmt: skip
+    assert torch.equal(batch.pixels, next(loader(numbered).once()).pixels)
+    assert len(pinned) == 6
 
 
 def test_error_in_a_thread_reaches_the_consumer(
