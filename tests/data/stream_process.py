@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loaded import loader_of, stream
 
+from axialtrain.data.augment import AugmentConfig
 from axialtrain.data.config import DataConfig
 from axialtrain.data.order import OrderState
 from axialtrain.data.sampling import SampleConfig
@@ -21,8 +22,9 @@ from axialtrain.data.windows import CutConfig
 
 
 def config_of(values: dict[str, object]) -> DataConfig:
-    cut, sample = CutConfig(**values.pop("cut", {})), SampleConfig(**values.pop("sample", {}))  # type: ignore[arg-type]
-    return DataConfig(**values, cut=cut, sample=sample)  # type: ignore[arg-type]
+    kinds = {"cut": CutConfig, "sample": SampleConfig, "augment": AugmentConfig}
+    groups = {key: kind(**values.pop(key, {})) for key, kind in kinds.items()}  # type: ignore[arg-type]
+    return DataConfig(**values, **groups)  # type: ignore[arg-type]
 
 
 def main(folder: Path, options: dict[str, object]) -> None:

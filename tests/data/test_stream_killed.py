@@ -25,6 +25,12 @@ MIX = {
     "cut": {"stride": 20},
     "sample": {"by": "balanced"},
 }
+AUGMENTED = MIX | {
+    "augment": {
+        "vertical_flip": True, "quarter_turns": True, "shift": 9, "brightness": 0.2, "hue": 0.1,
+        "noise": 0.1,
+    },
+}  # fmt: skip
 ROWS_COLS = [[1, 1], [2, 1], [1, 2], [2, 2]]
 
 
@@ -57,11 +63,11 @@ def length(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mix", "buckets"])
+@pytest.mark.parametrize("kind", ["mix", "augmented", "buckets"])
 def test_a_killed_stream_goes_on_in_order(sets: list[str], tmp_path: Path, kind: str) -> None:
     rng = random.Random(kind)
     data: dict[str, Any] = {"shards": {sets[0]: 2, sets[1]: 1}}
-    data |= MIX if kind == "mix" else {"buckets": 1}
+    data |= {"mix": MIX, "augmented": AUGMENTED, "buckets": {"buckets": 1}}[kind]
     lines = tmp_path / "stream.txt"
     total = STEPS * BATCH
     for attempt in range(KILLS + 1):
@@ -84,5 +90,11 @@ def test_a_killed_stream_goes_on_in_order(sets: list[str], tmp_path: Path, kind:
         going.send_signal(signal.SIGKILL)
         assert going.wait(WAIT) == -signal.SIGKILL
         assert before < length(lines) < total
+    if kind == "augmented":  # whose numbers only a loader has
+        whole = {"steps": STEPS, "mesh_shape": [1, 1], "data_ranks": 1, "micro_batch": 1}
+        (tmp_path / "whole").mkdir()
+        assert begin(tmp_path / "whole", {"data": data} | whole).wait(WAIT) == 0
+        assert lines.read_text() == (tmp_path / "whole" / "stream.txt").read_text()
+        return
     expected = serial(config_of(json.loads(json.dumps(data))), 0, STEPS)
     assert lines.read_text().splitlines() == [f"{i} {name} {crc:08x}" for i, name, crc in expected]
