@@ -7,10 +7,9 @@ the shards apart without our directory of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import google_crc32c
@@ -53,6 +52,7 @@ class Block:
     path: str
     index: BlockIndex
     members: dict[str, Member]
+    _rasters: dict[str, NDArray[Any]] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def parse(data: bytes, head: Head, entry: BlockEntry, path: str) -> Block:
@@ -83,25 +83,30 @@ class Block:
         """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
         return tiles_in(self.head, self.index, rect)
 
-    @cached_property
+    @property
     def mask(self) -> NDArray[np.bool_] | None:
         """Which of the block's pixels are there, [h, w]; None: all those of its tiles."""
         if self.index.mask_crc32c is None:
             return None
-        with self._member(MASK) as data:
-            return decode_mask(data, self._rect)
+        return self._once(MASK, lambda data: decode_mask(data, self._rect))
 
-    @cached_property
+    @property
     def labels(self) -> Pixels:
         """The block's label raster, uint8 [h, w]; only where the image has labels."""
-        with self._member(LABELS) as data:
-            return decode_labels(data, self.head, self._rect)
+        return self._once(LABELS, lambda data: decode_labels(data, self.head, self._rect))
 
-    @cached_property
+    @property
     def instances(self) -> Instances:
         """The block's instance raster, uint16 [h, w]; only where the image has instances."""
-        with self._member(INSTANCES) as data:
-            return decode_numbers(data, self.head, self._rect)
+        return self._once(INSTANCES, lambda data: decode_numbers(data, self.head, self._rect))
+
+    def _once(self, name: str, decoded: Callable[[bytes], NDArray[Any]]) -> NDArray[Any]:
+        """The raster in the member `name`, decoded once. (functools.cached_property has one lock
+        for all blocks before Python 3.12: threads would decode one after the other.)"""
+        if name not in self._rasters:
+            with self._member(name) as data:
+                self._rasters[name] = decoded(data)
+        return self._rasters[name]
 
     def paint_pixels(
         self,

@@ -35,8 +35,8 @@ class DataConfig:
     "manifest": those of the bands of `shards`, as its manifest has them.
     bands: of the stored ones those that the model is given, counted from 0, in this order and as
     often as they are named; None for all. augment: what differs each time a sample is seen.
-    prefetch: micro-batches that are read ahead. workers: threads that read and decode them; None
-    chooses by the cores.
+    prefetch: micro-batches that are read ahead. workers: threads that read and decode them, of
+    which prefetch + 1 at most have something to do; None chooses by the cores.
     damage: what is done where stored bytes are damaged. read: how shards are read over a network.
     cut: how windows lie. sample: how often each is taken. buckets: tokens by which the sizes of
     whole images may differ in a step, None for any. tiles: whether each stored tile is one sample
@@ -110,6 +110,11 @@ class DataConfig:
                     f"data.{key} is set, allowed is its default with data=tiles, of which each "
                     "stored tile is a sample, as often as any other"
                 )
+        if self.buckets is not None and self.augment.quarter_turns:
+            raise ValueError(
+                f"data.buckets is {self.buckets} with data.augment.quarter_turns, allowed is one "
+                "of them: an image that is turned has another size"
+            )
         if self.buckets is not None and (self.buckets < 1 or self.window is not None):
             beside = "" if self.window is None else f" with data.window={list(self.window)}"
             raise ValueError(

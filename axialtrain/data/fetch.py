@@ -37,8 +37,8 @@ def fetch_for(head: Head, rect: Rect) -> Fetch:
     entries = sorted(
         (
             entry
-            for entry in head.blocks
-            if (entry.row, entry.col) in needed and not head.is_empty(entry)
+            for place in needed
+            if (entry := head.block_at.get(place)) is not None and not head.is_empty(entry)
         ),
         key=lambda entry: entry.offset,
     )

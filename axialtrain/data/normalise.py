@@ -103,6 +103,7 @@ def normalisation(shards: Shards | MixedShards, config: DataConfig) -> tuple[Per
     """
     if config.mean != MEASURED:
         return config.mean, config.std
+    chosen(shards.kind, config.bands)  # or it says what is not of one kind, or not there
     sets = list(shards.sets) if isinstance(shards, MixedShards) else [shards]
     shares = shards.shares if isinstance(shards, MixedShards) else [1]
     urls = [one.url for one in sets_of(config.shards)]
@@ -120,12 +121,12 @@ def normalisation(shards: Shards | MixedShards, config: DataConfig) -> tuple[Per
     mean = np.average(means, axis=0, weights=shares)
     spread = np.array(variances) + np.square(means - mean)  # within the sets, and between them
     std = np.sqrt(np.average(spread, axis=0, weights=shares))
-    if not std.all():
-        raise ValueError(
-            f"data.std is {MEASURED}, but band {int(np.argmin(std))} has one value alone in what "
-            f"{' and '.join(urls)} measured of it, allowed is data.mean and data.std in numbers"
-        )
     full, bands = _FULL.get(shards.dtype, 1), range(len(mean))
     which = list(bands if config.bands is None else config.bands)
-    chosen(shards.kind, config.bands)  # or it says which there are
+    if not std[which].all():
+        raise ValueError(
+            f"data.std is {MEASURED}, but band {which[int(np.argmin(std[which]))]} has one value "
+            f"alone in what {' and '.join(urls)} measured of it, allowed is data.mean and data.std "
+            "in numbers"
+        )
     return (mean[which] / full).tolist(), (std[which] / full).tolist()

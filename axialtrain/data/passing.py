@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -94,7 +95,14 @@ class DeniedError(OSError):
 
 def place(path: str, start: int | None, stop: int | None) -> str:
     """What was asked for, in words."""
+    path = without_secrets(path)
     return f"{path}: its size" if start is None else f"{path}: bytes {start} to {stop}"
+
+
+def without_secrets(path: str) -> str:
+    """A path or URL for messages: without a user's password, and without a signed query."""
+    address, _, _ = path.partition("?") if "://" in path else (path, "", "")
+    return re.sub(r"(?<=://)[^/@]*@", "", address)
 
 
 def is_passing(error: BaseException) -> bool:

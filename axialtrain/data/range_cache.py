@@ -1,8 +1,8 @@
 """Byte ranges on a disk of this machine, up to a size, for all processes that read them.
 
     {sha256}.range   one range; its name says of what. Read without a lock, touched when it is.
-    incoming         the one that is being written; a rename makes it an entry
-    lock             held by who writes; its content is how many bytes there are, or too many
+    axialtrain.incoming  the one that is being written; a rename makes it an entry
+    axialtrain.lock  held by who writes; its content is how many bytes there are, or too many
 
 The count goes up before the bytes are there, so one who is killed at any moment leaves it too high,
 never too low: the next to reach the limit counts anew. What a power failure leaves of an entry is
@@ -11,6 +11,7 @@ for the checksums of those who read: nothing is synced here.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -24,6 +25,7 @@ from pathlib import Path
 
 LOG = logging.getLogger(__name__)
 
+LOCK, INCOMING = "axialtrain.lock", "axialtrain.incoming"  # nobody else's
 PATIENCE = 1.0  # s that one waits for another who writes; then the entry is not kept
 _ENTRY = re.compile(r"[0-9a-f]{64}\.range")
 _COUNT = re.compile(rb"[0-9]{20}")
@@ -48,7 +50,7 @@ class RangeCache:
         self._written = True  # whether it still is
         self._patience = PATIENCE
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._held() as lock:
                 if lock is not None:
                     _note(lock, self._trim(limit))
@@ -58,18 +60,26 @@ class RangeCache:
     def get(self, name: str, size: int) -> bytes | None:
         """The `size` bytes of the entry `name`; None where it is not there, or is another size."""
         try:
-            with open(os.open(self.folder / name, _READ), "rb") as file:
-                found = os.fstat(file.fileno())
-                if stat.S_ISREG(found.st_mode) and found.st_size == size:
-                    data = file.read(size)
-                    with suppress(OSError):  # a disk that is only read
-                        os.utime(file.fileno())
-                    if len(data) == size:
-                        return data
+            handle = os.open(self.folder / name, _READ)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link, which is nothing of ours
+                self.drop(name)
+            return None
+        try:
+            found = os.fstat(handle)
+            if stat.S_ISREG(found.st_mode) and found.st_size == size:
+                with os.fdopen(os.dup(handle), "rb") as file:
+                    data = file.read(size)
+                with suppress(OSError):  # a disk that is only read
+                    os.utime(handle)
+                if len(data) == size:
+                    return data
         except OSError:
-            pass  # what cannot be read is not kept
+            return None
+        finally:
+            os.close(handle)
         self.drop(name)
         return None
 
@@ -91,7 +101,7 @@ class RangeCache:
             self._leave(error)
 
     def _write(self, lock: int, name: str, data: bytes) -> None:
-        path, incoming = self.folder / name, self.folder / "incoming"
+        path, incoming = self.folder / name, self.folder / INCOMING
         if len(data) > self.limit or path.exists():
             return
         total = _noted(lock)
@@ -111,7 +121,7 @@ class RangeCache:
 
     def _trim(self, most: int) -> int:
         """Let the oldest go until there are at most `most` bytes; how many there are then."""
-        (self.folder / "incoming").unlink(missing_ok=True)
+        (self.folder / INCOMING).unlink(missing_ok=True)
         found = []
         with os.scandir(self.folder) as items:
             for item in items:
@@ -131,7 +141,7 @@ class RangeCache:
     def _held(self) -> Iterator[int | None]:
         """The lock, which ends with its process; None where another holds it for too long."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(self.folder / "lock", flags, 0o666)
+        lock = os.open(self.folder / LOCK, flags, 0o666)
         try:
             end = time.monotonic() + self._patience
             while True:

@@ -265,7 +265,7 @@ class ByteSource:
         async def asked() -> bytes:
             data = await self._ask("cat_file", path, start=start, end=stop)
             if len(data) > stop - start:
-                raise _LastingError(
+                raise DeniedError(
                     f"{place(path, start, stop)}: its server sends {len(data)} bytes, allowed is "
                     "one that serves ranges of bytes"
                 )
@@ -295,7 +295,7 @@ class ByteSource:
             try:
                 async with self._free, asyncio.timeout(self._read.timeout):
                     return await ask()
-            except (_LastingError, ImportError, MemoryError):
+            except (_LastingError, DeniedError, ImportError, MemoryError):
                 raise
             except Exception as error:
                 if not is_passing(error):

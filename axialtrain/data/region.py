@@ -20,7 +20,7 @@ from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.damage import Damage
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.kinds import Kind, Raster
-from axialtrain.data.passing import UnreachableError
+from axialtrain.data.passing import DeniedError, UnreachableError, without_secrets
 from axialtrain.data.reading import ByteSource, ReadConfig, Span
 from axialtrain.data.store import (
     MANIFEST,
@@ -178,7 +178,7 @@ class Shards:
             )
         span = Span(row.head_offset, stop, row.head_sha256)
         (data,) = self._source.spans(path, [span])
-        where = f"{path}: head of {name!r} at byte {row.head_offset}"
+        where = f"{without_secrets(path)}: head of {name!r} at byte {row.head_offset}"
         if not span.is_right(data):
             raise ValueError(f"{where}: is damaged (its SHA-256 is not the one in {MANIFEST})")
         head = Head.from_json(data, row, size, where)
@@ -254,7 +254,7 @@ class Shards:
         """One block of the image `name`, checked. ValueError as `region` has it."""
         path, span = self._path(name), Span(entry.offset, entry.offset + entry.length, entry.crc32c)
         (data,) = self._source.spans(path, [span])
-        return Block.parse(data, self.head(name), entry, path)
+        return Block.parse(data, self.head(name), entry, without_secrets(path))
 
     def indexes(self, name: str, blocks: Sequence[BlockEntry]) -> list[BlockIndex]:
         """What each of `blocks` of the image `name` holds, for the last bytes of each.
@@ -263,6 +263,7 @@ class Shards:
         fetched. An index read so is held to no checksum. ValueError as `region` has it.
         """
         head, path = self.head(name), self._path(name)
+        shown = without_secrets(path)
         found: dict[BlockEntry, BlockIndex] = {}
         left, tail = list(blocks), TAIL
         while left:
@@ -276,8 +277,8 @@ class Shards:
                 ]
                 for entry, data in zip(some, self._source.fetch(path, ranges), strict=True):
                     if len(data) == entry.length:
-                        found[entry] = Block.parse(data, head, entry, path).index
-                    elif (index := index_at_end(data, head, entry, path)) is not None:
+                        found[entry] = Block.parse(data, head, entry, shown).index
+                    elif (index := index_at_end(data, head, entry, shown)) is not None:
                         found[entry] = index
                     else:
                         missed.append(entry)
@@ -324,7 +325,8 @@ class Shards:
         fetch, path = fetch_for(head, rect), self._path(head.name)
         spans = [Span(e.offset, e.offset + e.length, e.crc32c) for e in fetch.blocks]
         stored = zip(fetch.blocks, self._source.spans(path, spans), strict=True)
-        return [Block.parse(data, head, entry, path) for entry, data in stored], fetch.bytes
+        shown = without_secrets(path)
+        return [Block.parse(data, head, entry, shown) for entry, data in stored], fetch.bytes
 
     def _rect(self, name: str, y: int, x: int, height: int, width: int, level: int) -> Rect:
         """The rectangle that is asked for, in px of the stored level."""
@@ -345,9 +347,12 @@ class Shards:
         try:
             size = self._source.size(path)
         except FileNotFoundError:
-            raise ValueError(f"{path}: {MANIFEST} names this shard, but it is not there") from None
+            shown = without_secrets(path)
+            raise ValueError(f"{shown}: {MANIFEST} names this shard, but it is not there") from None
         if size is None:
-            raise ValueError(f"{path}: its server does not tell its size, which reading needs")
+            raise DeniedError(
+                f"{without_secrets(path)}: its server does not tell its size, which reading needs"
+            )
         return size
 
 

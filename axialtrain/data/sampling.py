@@ -127,8 +127,10 @@ def image_weights(images: Sequence[ImageRow], config: SampleConfig) -> NDArray[n
     """
     if config.by != WEIGHTED or config.weights == TISSUE:
         return np.ones(len(images))
-    table = config.weights if isinstance(config.weights, Mapping) else table_of(config.weights)
-    where = "" if isinstance(config.weights, Mapping) else f" {config.weights}"
+    if isinstance(config.weights, Mapping):  # of YAML, in which an image may be a number
+        table, where = {str(name): weight for name, weight in config.weights.items()}, ""
+    else:
+        table, where = table_of(config.weights), f" {config.weights}"
     weights = np.empty(len(images))
     for number, row in enumerate(images):
         name = row.name.rpartition("/")[2]  # of one of several sets, whose number leads

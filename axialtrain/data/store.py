@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,6 +247,11 @@ class Head:
         """Whether none of the block's tiles is stored, as far as that was recorded."""
         (top, bottom), (left, right) = self.tiles_of_block(entry.row, entry.col)
         return len(entry.empty) == (bottom - top) * (right - left)
+
+    @cached_property
+    def block_at(self) -> dict[tuple[int, int], BlockEntry]:
+        """The blocks by their (row, col)."""
+        return {(entry.row, entry.col): entry for entry in self.blocks}
 
     def block_rect(self, row: int, col: int) -> Rect:
         """The pixels of block (row, col) that lie in the image."""

@@ -112,7 +112,7 @@ class TileReader:
             return painted(self._shards.row(name), rect, [], 0, damaged=damaged)
         side = head.block * head.tile
         key = (name, rect.top // side, rect.left // side)
-        (entry,) = (each for each in head.blocks if (each.row, each.col) == key[1:])
+        entry = head.block_at[key[1:]]
         try:
             block, bytes_read = self._block(key, entry)
         except ValueError as error:

@@ -50,12 +50,16 @@ class Damages:
         every = self.config.policy == "skip_image"
         return len({d.image for d in self._known.values() if every or d.part == "image"})
 
-    def settle(self, batch: Batch) -> Batch:
-        """The batch as it counts: with the policy skip_image, samples that meet damage on any rank
+    def settle(self, batch: Batch, *, held_out: bool = False) -> Batch:
+        """The batch as it counts; held_out: of validation, whose images may have the names of
+        others. With the policy skip_image, samples that meet damage on any rank
         are those of a filler. Collective with that policy, and on a tensor axis."""
         if self.config.policy == "raise":
             return batch
-        self._met += [damage for sample in batch.faults for damage in sample]
+        found = [damage for sample in batch.faults for damage in sample]
+        if held_out:
+            found = [replace(damage, image=f"validation/{damage.image}") for damage in found]
+        self._met += found
         counts = torch.tensor([len(sample) for sample in batch.faults], device=batch.weight.device)
         if self._mesh.tensor.size > 1:
             ends = max_over(torch.stack((counts, -counts)).float(), self._mesh.tensor)

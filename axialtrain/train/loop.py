@@ -79,10 +79,10 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     damages: Damages | None = None
 
-    def taken(self, batch: Batch) -> Batch:
+    def taken(self, batch: Batch, *, held_out: bool = False) -> Batch:
         """The batch as it counts, on the run's device."""
         batch = to_device(batch, self.device)
-        return batch if self.damages is None else self.damages.settle(batch)
+        return batch if self.damages is None else self.damages.settle(batch, held_out=held_out)
 
     def agree(self) -> None:
         """All ranks, on what of the last batches was damaged."""
@@ -219,7 +219,7 @@ def validate(run: Run) -> dict[str, float]:
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, images
     scores: dict[str, Tensor] = {}
     for batch in run.validation.once():
-        batch = run.taken(batch)
+        batch = run.taken(batch, held_out=True)
         output = run.engine(*run.task.inputs(batch))
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
         total += torch.stack([means.sum(), batch.weight.sum() / run.mesh.spatial.size]).double()
@@ -237,7 +237,7 @@ def picture(run: Run) -> list[Panel] | None:
     run.engine.eval()
     loader = run.validation or run.loader
     with closing(loader.once()) as batches:
-        batch = run.taken(next(batches))
+        batch = run.taken(next(batches), held_out=run.validation is not None)
     run.agree()
     output = run.engine(*run.task.inputs(batch))
     data = run.config.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +139,7 @@ def check_fits(saved: Saved, config: RunConfig, loader: Loader) -> None:
     if not isinstance(updates, int) or not 0 <= updates <= saved.step:
         raise ValueError(f"{where}: updates is {updates!r}, allowed is 0 to {saved.step}")
     try:
-        order = OrderState(**state["data"]["order"])
+        order = OrderState.from_json(json.dumps(state["data"]["order"]), f"{where}: data.order")
         windows = state["data"]["windows"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: does not say where its data stands ({error!r})") from error

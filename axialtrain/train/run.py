@@ -137,6 +137,7 @@ def _run(
         for key, shards in shards_of.items()
     }
     loader = loaders["data.shards"]
+    _check_alike({key: one.state(0).to_json() for key, one in loaders.items()}, mesh)
     if saved is not None:
         check_fits(saved, config, loader)
     task = task_of(config)
@@ -191,6 +192,19 @@ def _run(
     metrics = _train(parts, folder)
     engine.close()
     return metrics
+
+
+def _check_alike(states: dict[str, str], mesh: Mesh) -> None:
+    """Raise RefusedError where ranks have other shards, or another order of them: a node's own copy
+    of them, or of a table of weights, may be older. states: of the orders, by key."""
+    every = gather_objects(states, mesh.world)
+    for rank, theirs in enumerate(every):
+        for key, state in theirs.items():
+            if state != every[0][key]:
+                raise RefusedError(
+                    f"{key}: rank {rank} has other shards, or another order of them, than rank 0: "
+                    f"{state} and {every[0][key]}. Allowed is the same on every host"
+                )
 
 
 def _train(run: Run, folder: Path) -> dict[str, float]:

@@ -20,7 +20,7 @@ import pytest
 from range_server import RangeServer, serving
 
 from axialtrain.data import range_cache
-from axialtrain.data.range_cache import RangeCache, entry_name
+from axialtrain.data.range_cache import LOCK, RangeCache, entry_name
 from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import Shards, open_shards
 
@@ -31,7 +31,7 @@ LIMIT = 300_000
 # Keeps entries of many sizes, whose content follows from their number, until it is killed.
 WRITER = f"""
 import sys
-from axialtrain.data.range_cache import RangeCache, entry_name
+from axialtrain.data.range_cache import LOCK, RangeCache, entry_name
 cache = RangeCache(sys.argv[1], {LIMIT})
 start = int(sys.argv[2])
 print("ready", flush=True)
@@ -62,7 +62,7 @@ def held(folder: Path) -> int:
     total = 0
     with os.scandir(folder) as items:
         for item in items:
-            if item.name != "lock":
+            if item.name != LOCK:
                 try:
                     total += item.stat().st_size
                 except FileNotFoundError:
@@ -231,7 +231,7 @@ def test_killed_writers_leave_right_entries_and_the_limit(tmp_path: Path) -> Non
         assert process.wait(timeout=60) == -signal.SIGKILL
         assert held(tmp_path) <= LIMIT
         # What the next one trusts, who does not count anew before it reaches the limit.
-        assert int((tmp_path / "lock").read_bytes()) >= held(tmp_path) > 0
+        assert int((tmp_path / LOCK).read_bytes()) >= held(tmp_path) > 0
         first = kill * count
         assert assert_right(tmp_path, range(first, first + 50_000)) > 0
         cache = RangeCache(tmp_path, LIMIT)
@@ -257,7 +257,7 @@ def test_a_process_that_is_stopped_hinders_nobody(
     monkeypatch.setattr(range_cache, "PATIENCE", 0.2)
     cache = RangeCache(tmp_path, LIMIT)
     name, data = name_of(1), content(1)
-    with (tmp_path / "lock").open("r+b") as other:
+    with (tmp_path / LOCK).open("r+b") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         start = time.monotonic()
         for _ in range(100):
