@@ -137,7 +137,7 @@ def _run(
         for key, shards in shards_of.items()
     }
     loader = loaders["data.shards"]
-    _check_alike({key: one.state(0).to_json() for key, one in loaders.items()}, mesh)
+    check_alike({key: one.state(0).to_json() for key, one in loaders.items()}, mesh)
     if saved is not None:
         check_fits(saved, config, loader)
     task = task_of(config)
@@ -194,7 +194,7 @@ def _run(
     return metrics
 
 
-def _check_alike(states: dict[str, str], mesh: Mesh) -> None:
+def check_alike(states: dict[str, str], mesh: Mesh) -> None:
     """Raise RefusedError where ranks have other shards, or another order of them: a node's own copy
     of them, or of a table of weights, may be older. states: of the orders, by key."""
     every = gather_objects(states, mesh.world)

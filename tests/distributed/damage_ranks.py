@@ -13,8 +13,10 @@ from torch import Tensor
 
 from axialtrain.data.damage import Damage, DamageConfig
 from axialtrain.data.loader import Batch
+from axialtrain.data.order import OrderState
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.train.damages import Damages
+from axialtrain.train.run import check_alike
 from axialtrain.train.track import LoggerConfig, Tracker
 
 IMAGES = 3
@@ -78,3 +80,26 @@ def _empty(batch: Batch) -> bool:
         or batch.valid[out].any()
         or (batch.labels[out] != 255).any()
     )
+
+
+def settle_twice(folder: Path) -> tuple[int, int]:
+    """The same damage in training and in validation; tiles and images that it counts as."""
+    axes = Mesh()
+    tracker = Tracker(LoggerConfig("disabled"), folder, "run", "{}")
+    damages = Damages(DamageConfig("mask"), axes, tracker, torch.device("cpu"))
+    batch = _batch(axes, {0: [Damage("a", "tile", 1, 2, 1, "damaged")]})
+    damages.settle(batch)
+    damages.settle(batch, held_out=True)
+    damages.agree(1)
+    tracker.close()
+    return damages.tiles, damages.images
+
+
+def states_differ() -> str:
+    """What is said where the last rank has another order."""
+    order = OrderState(0, 0, str(dist.get_rank()) * 64)
+    try:
+        check_alike({"data.shards": order.to_json()}, Mesh(row=2))
+    except ValueError as error:
+        return str(error)
+    return ""

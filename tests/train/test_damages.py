@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.damage_ranks import IMAGES, settle_on_ranks
+from distributed.damage_ranks import IMAGES, settle_on_ranks, settle_twice, states_differ
 from distributed.launcher import RankError, run_ranks
 
 from axialtrain.data.damage import Damage, DamageConfig
@@ -113,6 +113,19 @@ def _raising(**options):
     raised = settle_on_ranks(**options).raised
     if raised:
         raise RuntimeError(raised)
+
+
+def test_held_out_images_are_told_apart(tmp_path):
+    """Training and validation may have images of one name."""
+    (both,) = run_ranks(settle_twice, 1, folder=tmp_path)
+    assert both == (2, 0)
+    assert [line["image"] for line in lines_of(tmp_path)] == ["a", "validation/a"]
+
+
+def test_ranks_with_other_shards_are_refused():
+    raised = run_ranks(states_differ, 2)
+    assert raised[0] == raised[1]
+    assert raised[0].startswith("data.shards: rank 1 has other shards, or another order of them")
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
