@@ -168,6 +168,8 @@ class ByteSource:
         Those of a network are looked for in the cache first. What is not right is fetched once
         more, and is returned as it then comes. Errors as `fetch` has them.
         """
+        if not spans:
+            return []
         if self.local:
             return self._merged(path, spans)
         names = self._names(path, spans)

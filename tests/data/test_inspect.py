@@ -22,6 +22,7 @@ from axialtrain.data.config import DataConfig
 from axialtrain.data.inspect import inspect
 from axialtrain.data.loader import Loader
 from axialtrain.data.mesh_reads import MAX_RANKS, mesh_of
+from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import Shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.speed import measure
@@ -219,9 +220,9 @@ def test_ranks_read_what_is_told(
     url = request.getfixturevalue(fixture).url
     monkeypatch.setattr("axialtrain.data.fetch.merge.__defaults__", (4096,))
     fetched: list[list[tuple[int, int]]] = []
-    fetch = Shards._fetch
+    fetch = ByteSource.fetch
 
-    def counting(self: Shards, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def counting(self: ByteSource, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         fetched.append(ranges)
         return fetch(self, path, ranges)
 
@@ -229,7 +230,7 @@ def test_ranks_read_what_is_told(
     assert reads is not None
     places = list(itertools.product(range(mesh[0]), range(mesh[1])))
     assert [(rank.row, rank.col) for rank in reads.ranks] == places
-    monkeypatch.setattr(Shards, "_fetch", counting)
+    monkeypatch.setattr(ByteSource, "fetch", counting)
     for rank, at in zip(reads.ranks, places, strict=True):
         loader = rank_loader(url, mesh, at)
         loader.shards.head(name)
