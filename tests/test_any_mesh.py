@@ -125,7 +125,8 @@ def assert_each_tile_is_read_where_it_is_needed(reading, slide_shards, mesh) -> 
                     continue
                 window = loader.windows[loader.order[step * config.train.batch + position]]
                 head = shards.head(window.name)
-                mine = loader._place([window]).rect.scaled(config.model.patch)
+                size = (window.rect.height, window.rect.width)
+                mine = loader._place([size]).rect.scaled(config.model.patch)
                 part = mine.shifted(window.rect.top, window.rect.left).intersect(window.rect)
                 tiles += len(list(tiles_of(part, head.height, head.width, head.tile)))
         assert rank["tiles_decoded"] == tiles
