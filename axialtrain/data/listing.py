@@ -57,20 +57,25 @@ def images_of(named: Sequence[str]) -> list[Path]:
     return found
 
 
+def rows_of(path: Path) -> list[list[str]]:
+    """The rows of a CSV file, its header first; ValueError where it is none, or too large."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_TABLE_BYTES:
+            raise ValueError(f"{path}: has {size} bytes, allowed is {MAX_TABLE_BYTES}")
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table ({error})") from error
+
+
 def table_of(path: Path) -> list[Entry]:
     """The images of a CSV file with a header of COLUMNS, of which only image must be there.
 
     label is a class, 0 to 65535, or the path of a label raster or of polygons. Paths are relative
     to the table. ValueError naming line and column.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_TABLE_BYTES:
-            raise ValueError(f"{path}: has {size} bytes, allowed is {MAX_TABLE_BYTES}")
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table ({error})") from error
+    rows = rows_of(path)
     if not rows:
         raise ValueError(f"{path}: is empty, allowed is a header with {', '.join(COLUMNS)}")
     header = [name.strip() for name in rows[0]]

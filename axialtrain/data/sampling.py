@@ -6,7 +6,6 @@ has as many indices as there are windows, also where some of them are taken ofte
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.checked import shown
-from axialtrain.data.listing import MAX_TABLE_BYTES
+from axialtrain.data.listing import rows_of
 from axialtrain.data.manifest import ImageRow
 from axialtrain.data.order import Order, words
 
@@ -179,15 +178,10 @@ def table_of(path: str | Path) -> dict[str, str]:
 
     Other columns are left alone. ValueError naming the line that is wrong.
     """
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_TABLE_BYTES:
-            raise ValueError(f"{path}: has {size} bytes, allowed is {MAX_TABLE_BYTES}")
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.sample.weights: {path}: cannot be read ({error})") from error
+        rows = rows_of(Path(path))
+    except ValueError as error:
+        raise ValueError(f"data.sample.weights: {error}") from error
     header = [name.strip() for name in rows[0]] if rows else []
     if header.count("image") != 1 or header.count("weight") != 1:
         raise ValueError(

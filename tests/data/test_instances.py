@@ -14,6 +14,7 @@ import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded import loader_of
 
 from axialtrain.cli import main
 from axialtrain.data import encode
@@ -37,17 +38,7 @@ def copy(numbered: Source, tmp_path: Path) -> Path:
 
 
 def loader(url: str, window: list[int] | None = None, **changes: Any) -> Loader:
-    options: dict[str, Any] = {
-        "patch": 16,
-        "mesh_shape": (1, 1),
-        "at": (0, 0),
-        "data_rank": 0,
-        "data_ranks": 1,
-        "batch": 3,
-        "micro_batch": 1,
-        "seed": 7,
-    }
-    return Loader(open_shards(url), DataConfig(url, window=window), **{**options, **changes})
+    return loader_of(DataConfig(url, window=window), **{"batch": 3, **changes})
 
 
 def test_largest_instance_of_each_image_is_kept(numbered: Source) -> None:

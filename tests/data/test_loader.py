@@ -12,39 +12,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from loaded import loader_of
 
 from axialtrain.data.config import DataConfig
 from axialtrain.data.loader import Batch, Loader, Steps, default_workers
 from axialtrain.data.order import OrderState
-from axialtrain.data.region import Region, Shards, open_shards
+from axialtrain.data.region import Region, Shards
 from axialtrain.data.shard import shard_images
-from axialtrain.data.store import UNLABELLED, ImageRow
-from axialtrain.data.windows import MAX_WINDOWS, cut_windows
+from axialtrain.data.store import UNLABELLED
 from axialtrain.grid import Layout, Rect
-from axialtrain.tasks.panels import image_panel
 
 if TYPE_CHECKING:
     from conftest import Source
 
 
 def loader(source: Source, window: list[int] | None = None, **changes: Any) -> Loader:
-    options: dict[str, Any] = {
-        "patch": 16,
-        "mesh_shape": (1, 1),
-        "at": (0, 0),
-        "data_rank": 0,
-        "data_ranks": 1,
-        "batch": 2,
-        "micro_batch": 1,
-        "seed": 7,
-    }
     config = DataConfig(source.url, window=window, **changes.pop("config", {}))
-    return Loader(open_shards(source.url), config, **{**options, **changes})
+    return loader_of(config, **{"batch": 2, **changes})
 
 
 CLASSES = {"wide": 3, "small": 0, "tall": 65535}
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.3, 2]
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +41,6 @@ def classed(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
     images = [Path(source.url).parent / f"{name}.tif" for name in CLASSES]
     shard_images(images, out, image_labels=list(CLASSES.values()), progress=False)
     return replace(source, url=str(out))
-
-
-def row(name: str, height: int, width: int) -> ImageRow:
-    return ImageRow(name, "s.tar", 0, 2, "0" * 64, height, width, None)
-
-
-def test_windows_cover_the_image_edge_to_edge() -> None:
-    rects = [w.rect for w in cut_windows([row("a", 100, 64)], [40, 32])]
-    assert [(r.top, r.left) for r in rects] == [
-        (0, 0), (0, 32), (40, 0), (40, 32), (60, 0), (60, 32)
-    ]  # fmt: skip
-    assert {(r.height, r.width) for r in rects} == {(40, 32)}
-    (small,) = cut_windows([row("a", 10, 32)], [40, 32])
-    assert small.rect == Rect(0, 40, 0, 32)
-    (whole,) = cut_windows([row("a", 10, 30)], None)
-    assert whole.rect == Rect(0, 10, 0, 30)
 
 
 def test_batch_is_the_image_normalised(source: Source) -> None:
@@ -93,30 +64,6 @@ def test_batch_is_the_image_normalised(source: Source) -> None:
     assert batch.valid.all()
     assert batch.weight.tolist() == [1.0]
     assert batch.samples.dtype == torch.int64
-
-
-@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), (0.4, STD), (MEAN, 0.2)])
-def test_each_band_has_a_normalisation_of_its_own(
-    source: Source, mean: float | list[float], std: float | list[float]
-) -> None:
-    batch = next(loader(source, config={"mean": mean, "std": std}).once())
-    assert batch.pixels.dtype == torch.float32
-    expected = (source.pixels["wide"] / 255 - mean) / std
-    np.testing.assert_array_equal(batch.pixels[0, :200, :300], expected.astype(np.float32))
-    assert not batch.pixels[~batch.present].any()
-    panel = image_panel(batch.pixels[0], 1, "image", mean=mean, std=std)
-    shown = panel.pixels[:200, :300].astype(int)
-    assert np.abs(shown - source.pixels["wide"]).max() <= 1  # it rounds down
-
-
-def test_one_number_is_the_same_as_one_for_each_band(source: Source) -> None:
-    one, several = (
-        next(loader(source, config={"mean": mean, "std": std}).once())
-        for mean, std in ((0.4, 0.2), ([0.4] * 3, [0.2] * 3))
-    )
-    assert torch.equal(one.pixels, several.pixels)
-    table = ((np.arange(256) / 255 - 0.4) / 0.2).astype(np.float32)
-    np.testing.assert_array_equal(one.pixels[0, :200, :300], table[source.pixels["wide"]])
 
 
 def test_targets_are_the_classes_of_the_images(classed: Source, source: Source) -> None:
@@ -449,29 +396,6 @@ def test_grid_smaller_than_the_mesh_is_refused_at_once(source: Source) -> None:
             loader(source, mesh_shape=(6, 1), at=at)
 
 
-def test_too_many_windows_are_refused_at_once() -> None:
-    images = [row("a", 1 << 20, 1 << 20), row("b", 5, 7)]
-    count = (1 << 40) + 35
-    message = rf"data\.window is \[1, 1\], which makes {count} windows.* at most {MAX_WINDOWS}"
-    with pytest.raises(ValueError, match=message):
-        cut_windows(images, [1, 1])
-
-
-@settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30), st.integers(1, 30))
-def test_windows_are_counted_before_they_are_cut(
-    height: int, width: int, window_height: int, window_width: int
-) -> None:
-    images = [row("a", height, width), row("b", width, 1)]
-    count = len(cut_windows(images, [window_height, window_width]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count)
-        assert len(cut_windows(images, [window_height, window_width])) == count
-        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count - 1)
-        with pytest.raises(ValueError, match=rf"which makes {count} windows"):
-            cut_windows(images, [window_height, window_width])
-
-
 @pytest.mark.parametrize("window", [None, [1 << 20, 1 << 20]])
 def test_image_beyond_all_memory_is_refused_at_once(
     source: Source, tmp_path: Path, window: list[int] | None
@@ -514,73 +438,6 @@ def test_memory_is_judged_alike_on_all_ranks_by_the_largest_part(
         monkeypatch.setattr("axialtrain.data.loader.memory_bytes", lambda: 3 * largest - 1)
         with pytest.raises(ValueError, match=r"3 micro-batches .* of this machine's memory"):
             loader(source, window, at=at, **deepcopy(options))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("shards", ""),
-        ("window", [1]),
-        ("window", [0, 5]),
-        ("mean", True),
-        ("mean", None),
-        ("mean", "0.5"),
-        ("mean", float("nan")),
-        ("mean", []),
-        ("mean", [0.5, 0.5, False]),
-        ("mean", [0.5, 0.5, [0.5]]),
-        ("mean", {"red": 0.5}),
-        ("std", 0.0),
-        ("std", float("inf")),
-        ("std", 10**400),
-        ("std", [0.2, 0.2, 0]),
-        ("std", [0.2, 0.2, float("nan")]),
-        ("prefetch", -1),
-        ("workers", 0),
-    ],
-)
-def test_wrong_config_is_named(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is"):
-        DataConfig(**{"shards": "x", key: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("mean", 1.5),
-        ("mean", [0.5]),
-        ("mean", [0.5] * 4),
-        ("mean", [0.5, 0.5, -0.1]),
-        ("std", [0.2, 0.2]),
-    ],
-)
-def test_normalisation_must_be_that_of_the_shards_bands(
-    source: Source, key: str, value: object
-) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.{key} is .*allowed is .*3 bands of uint8$"):
-        loader(source, [64, 64], config={key: value})
-
-
-def test_normalisation_comes_from_yaml_and_command_line() -> None:
-    from axialtrain.train.compose import compose_run
-
-    schema = OmegaConf.structured(DataConfig)
-    read = OmegaConf.create("{shards: x, mean: [0.485, 0.456, 0.406], std: 1}")
-    for dots, mean, std in (([], MEAN, 1.0), (["mean=0", "std=[0.229,0.3,2]"], 0.0, STD)):
-        config = OmegaConf.to_object(OmegaConf.merge(schema, read, OmegaConf.from_dotlist(dots)))
-        assert isinstance(config, DataConfig)
-        assert (config.mean, config.std) == (mean, std)
-        assert isinstance(config.mean, type(mean))
-    for overrides, mean, std in (
-        (["data.mean=0.4"], 0.4, 0.25),
-        (["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.3,2]"], MEAN, STD),
-        (["data.mean=[0,0,0]", "data.mean=0.3"], 0.3, 0.25),
-    ):
-        config = compose_run(["data.shards=x", *overrides])[0].data
-        assert (config.mean, config.std) == (mean, std)
-    for override in ("data.mean=grey", "data.mean=null"):
-        with pytest.raises(ValueError, match=r"^data\.mean is .*, allowed is a number from 0 to 1"):
-            compose_run(["data.shards=x", override])
 
 
 def test_run_goes_on_where_it_stood(source: Source) -> None:

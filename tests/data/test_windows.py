@@ -16,7 +16,7 @@ from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import open_shards
 from axialtrain.data.store import MANIFEST, ImageRow
 from axialtrain.data.streams import windows_of
-from axialtrain.data.windows import CutConfig, Windows, cut_windows, tissue_shares
+from axialtrain.data.windows import MAX_WINDOWS, CutConfig, Windows, cut_windows, tissue_shares
 from axialtrain.grid import Rect
 
 if TYPE_CHECKING:
@@ -252,3 +252,38 @@ def test_slices_and_masks_of_an_index_are_indexes() -> None:
     assert [w.id for w in windows[1:]] == ["a@40,0", "a@50,0", "b@0,0"]
     assert [w.id for w in windows.only(np.array([True, False, False, True]))] == ["a@0,0", "b@0,0"]
     assert windows[1:].of_images() == [slice(0, 2), slice(2, 3)]
+
+
+def test_windows_cover_the_image_edge_to_edge() -> None:
+    rects = [w.rect for w in cut_windows([row("a", 100, 64)], [40, 32])]
+    assert [(r.top, r.left) for r in rects] == [
+        (0, 0), (0, 32), (40, 0), (40, 32), (60, 0), (60, 32)
+    ]  # fmt: skip
+    assert {(r.height, r.width) for r in rects} == {(40, 32)}
+    (small,) = cut_windows([row("a", 10, 32)], [40, 32])
+    assert small.rect == Rect(0, 40, 0, 32)
+    (whole,) = cut_windows([row("a", 10, 30)], None)
+    assert whole.rect == Rect(0, 10, 0, 30)
+
+
+def test_too_many_windows_are_refused_at_once() -> None:
+    images = [row("a", 1 << 20, 1 << 20), row("b", 5, 7)]
+    count = (1 << 40) + 35
+    message = rf"data\.window is \[1, 1\], which makes {count} windows.* at most {MAX_WINDOWS}"
+    with pytest.raises(ValueError, match=message):
+        cut_windows(images, [1, 1])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30), st.integers(1, 30))
+def test_windows_are_counted_before_they_are_cut(
+    height: int, width: int, window_height: int, window_width: int
+) -> None:
+    images = [row("a", height, width), row("b", width, 1)]
+    count = len(cut_windows(images, [window_height, window_width]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count)
+        assert len(cut_windows(images, [window_height, window_width])) == count
+        patch.setattr("axialtrain.data.windows.MAX_WINDOWS", count - 1)
+        with pytest.raises(ValueError, match=rf"which makes {count} windows"):
+            cut_windows(images, [window_height, window_width])
