@@ -164,20 +164,28 @@ def standalone_jpeg(data: bytes, tables: bytes | None, *, rgb: bool) -> bytes:
     A JFIF marker would overrule it (JFIF is YCbCr by definition), so it goes.
     """
     transform = 0 if rgb else 1
-    parts = [b"\xff\xd8", b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00", bytes([transform])]
-    for stream in (tables, data):
-        if stream is None:
-            continue
-        end = 2
-        for marker, start, stop in _segments(stream):
-            if marker in (_SCAN, _END):
-                break
-            end = stop
-            if marker not in (_APP0, _APP14):
-                parts.append(stream[start:stop])
-        if stream is data:
-            parts.append(data[end:])
-    return b"".join(parts)
+    start = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+    shared = b"" if tables is None else _tables(tables)
+    own, end = _before_scan(data)
+    return b"".join((start, shared, own, data[end:]))
+
+
+def _before_scan(data: bytes) -> tuple[bytes, int]:
+    """The segments of a JPEG before its scan, without those that tell its colours, and where they
+    end."""
+    parts, end = [], 2
+    for marker, start, stop in _segments(data):
+        if marker in (_SCAN, _END):
+            break
+        end = stop
+        if marker not in (_APP0, _APP14):
+            parts.append(data[start:stop])
+    return b"".join(parts), end
+
+
+@lru_cache(maxsize=16)
+def _tables(tables: bytes) -> bytes:
+    return _before_scan(tables)[0]
 
 
 def _segments(data: bytes) -> list[tuple[int, int, int]]:

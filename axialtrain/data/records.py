@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,25 @@ def absent_or(record: Record, key: str, most: int) -> int | None:
 
 def fields_of(record: DataclassInstance) -> dict[str, object]:
     """What of `record` its JSON holds. What came later is no key where it says what was before."""
-    return {k: v for k, v in asdict(record).items() if k not in _LATER or v != _LATER[k]}
+    return {k: v for k, v in _shallow(record).items() if k not in _LATER or v != _LATER[k]}
 
 
 def dump(value: object) -> bytes:
     """JSON of one spelling only, so that the same data gives the same bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_inner
+    ).encode()
+
+
+def _inner(value: object) -> dict[str, object]:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _shallow(value)
+    raise TypeError(f"{type(value).__name__} is not for JSON")
+
+
+def _shallow(record: DataclassInstance) -> dict[str, object]:
+    """As asdict, which would also copy each number of each tile; `dump` takes what is inside."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def check_apart(where: str, ranges: list[tuple[int, int, str]]) -> None:
