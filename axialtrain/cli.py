@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 2 and one message for what a user did wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     parsed = _parser().parse_args(arguments)
+    parsed.own_process = arguments is None  # and not called by somebody's Python
     try:
         return int(parsed.command(parsed))
     except EXPECTED as error:
@@ -242,7 +243,10 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    import torch
+
     from axialtrain.launch.local import (
+        can_fork,
         device_type,
         processes_of_outer_launcher,
         start,
@@ -254,6 +258,8 @@ def _train(parsed: argparse.Namespace) -> int:
     from axialtrain.train.signals import Interrupted
 
     started = processes_of_outer_launcher()
+    own_threads = torch.get_num_threads()
+    fork = parsed.own_process and started is None and can_fork()
     config, folder, text = compose_run(parsed.overrides, started)
     check(config, folder, started)
     device = device_type(config.launcher.device, config.mesh.size)
@@ -261,10 +267,10 @@ def _train(parsed: argparse.Namespace) -> int:
     os.environ["DS_ACCELERATOR"] = device
     from axialtrain.train.run import run
 
-    threads = threads_each(config.launcher.threads, config.mesh.size)
+    threads = threads_each(config.launcher.threads, config.mesh.size, own_threads)
     arguments = (config, folder, text, device, threads)
     if started is None:
-        return start(run, arguments, config.mesh.size)
+        return start(run, arguments, config.mesh.size, fork=fork)
     try:
         run(*arguments)
     except Interrupted as error:

@@ -213,7 +213,8 @@ def _began(run: Going) -> bool:
 
 
 def _is_rank(pid: str) -> bool:
+    """Whether it is a copy of the launcher, and not a program that one of its libraries calls."""
     try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"axialtrain.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -28,13 +29,13 @@ from axialtrain.train.watch import LOST, RankLostError
 GRACE = 0.5  # s for the others, when one rank has failed, to write what they know
 GRACE_LOST = 2.0  # the same where it failed because of another: somebody still prints who
 
-# glibc gives large blocks back at once, and their pages are faulted in anew in every step. To see
-# what keeping them saves, set the same names to 131072 in the environment and compare `seconds` in
-# metrics.jsonl. Read when a process starts.
+# glibc gives large blocks back at once, and their pages are faulted in anew in every step. What it
+# is told instead, as <malloc.h> numbers it; a name that stands in the environment decides itself.
+# To see what keeping them saves, set all three to 131072 and compare `seconds` in metrics.jsonl.
 KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": 2**32,
-    "MALLOC_TRIM_THRESHOLD_": 2**33,
-    "MALLOC_TOP_PAD_": 2**28,
+    "MALLOC_MMAP_THRESHOLD_": (-4, 0),  # M_MMAP_MAX: no block is mapped by itself
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # M_TRIM_THRESHOLD: nothing goes back
+    "MALLOC_TOP_PAD_": (-2, 2**28),  # M_TOP_PAD
 }
 
 
@@ -61,13 +62,15 @@ def device_type(choice: str, processes: int) -> str:
     return choice
 
 
-def threads_each(choice: int | None, processes: int) -> int | None:
+def threads_each(choice: int | None, processes: int, own: int) -> int:
     """Threads of a process, from launcher.threads and the size of the mesh.
 
-    None, torch's own choice, where OMP_NUM_THREADS has already decided.
+    own: torch's choice, which stands where OMP_NUM_THREADS has already decided.
     """
-    if choice is not None or "OMP_NUM_THREADS" in os.environ:
+    if choice is not None:
         return choice
+    if "OMP_NUM_THREADS" in os.environ:
+        return own
     return max(1, len(os.sched_getaffinity(0)) // local_processes(processes))
 
 
@@ -77,25 +80,41 @@ def local_processes(processes: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), processes)
 
 
-def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> int:
+def can_fork() -> bool:
+    """Whether ranks may begin as copies of this process: where there is no CUDA that it may have
+    touched. From here on torch uses one thread in it, for its others would not be in a copy, and
+    OpenMP would wait for them. To be asked before torch has computed anything.
+    """
+    if sys.platform != "linux" or torch.cuda.device_count():
+        return False
+    torch.set_num_threads(1)
+    return True
+
+
+def start(
+    fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int, *, fork: bool = False
+) -> int:
     """fn(*arguments) in `processes` new processes, which find each other through our store.
 
+    fork: they begin as copies of this one, with all that it has imported, instead of anew. For a
+    process that has started no threads and has not touched CUDA, neither of which outlives a fork.
     Returns an exit status: 0; AGAIN where the ranks were told to end and have saved; else the
     failing rank's, 1 where it died or lost another, 128 + signal where a signal ended all of them
     before they could save. The message was printed. When one rank fails, the others are killed.
     SIGTERM, SIGUSR1 and SIGINT are forwarded. fn must be importable, its arguments picklable.
     """
-    for name, size in KEEP_MEMORY.items():
-        os.environ.setdefault(name, str(size))
     # The parent holds the store, as torchrun's agent does: no port is guessed and lost to a race.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=_rank, args=(rank, processes, store.port, fn, arguments))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, processes))
+    port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    inherited = listener.fileno() if fork else None
+    ranks: list[BaseProcess] = [
+        context.Process(target=_rank, args=(rank, processes, port, inherited, fn, arguments))  # type: ignore[attr-defined]
         for rank in range(processes)
     ]
     forward = _Forward(ranks)
-    resource_tracker.ensure_running()  # on the way it would unblock what is blocked here
+    if not fork:
+        resource_tracker.ensure_running()  # on the way it would unblock what is blocked here
     # A signal that comes now waits for us until all have begun, and for each rank, which inherits
     # this, until it is in _rank: not in the middle of its imports.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD_BY)
@@ -105,6 +124,14 @@ def start(fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int) ->
                 process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # Only now, for it has a thread. What ranks have asked of it until now has waited.
+        store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         failed = _first_failure(ranks, forward.woken)
     finally:
         for process in ranks:
@@ -131,7 +158,7 @@ class _Forward:
     of torch's: that interrupts no system call of the main thread, which alone handles it.
     """
 
-    def __init__(self, ranks: Sequence[SpawnProcess]) -> None:
+    def __init__(self, ranks: Sequence[BaseProcess]) -> None:
         self.received: signal.Signals | None = None
         self.killed = False
         self._ranks = ranks
@@ -157,14 +184,16 @@ class _Forward:
                 os.kill(process.pid, number)
 
     def close(self) -> None:
+        """Restore the handlers that were there before. One that was told to end ignores what comes
+        now: the next signal of the same end must not take its exit status from it."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
         signal.set_wakeup_fd(self._woken_before)
         os.close(self.woken)
         os.close(self._wake)
 
 
-def _first_failure(ranks: Sequence[SpawnProcess], woken: int) -> int | None:
+def _first_failure(ranks: Sequence[BaseProcess], woken: int) -> int | None:
     """Wait for all ranks, or for the first that fails and GRACE for the others; returns its number.
 
     woken: see `_Forward`; the handler runs when the wait has ended.
@@ -191,7 +220,7 @@ def _first_failure(ranks: Sequence[SpawnProcess], woken: int) -> int | None:
     return None
 
 
-def _failed_by_itself(process: SpawnProcess) -> bool:
+def _failed_by_itself(process: BaseProcess) -> bool:
     return process.pid is not None and process.exitcode not in (None, 0, AGAIN, LOST)
 
 
@@ -224,9 +253,26 @@ def _failed(rank: int, code: int | None, store: Store) -> int:
     return max(code, 1)  # of a signal it is negative
 
 
-def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], arguments: Any) -> None:
-    """The body of a rank's process: fn, and the exit status of what it raises."""
+def _rank(
+    rank: int,
+    processes: int,
+    port: int,
+    inherited: int | None,
+    fn: Callable[..., Any],
+    arguments: Any,
+) -> None:
+    """The body of a rank's process: fn, and the exit status of what it raises.
+
+    inherited: the launcher's listening socket, where this process is a copy of it.
+    """
     _prctl_pr_set_pdeathsig(signal.SIGINT)  # a parent that is killed takes its ranks along
+    if inherited is not None:
+        os.close(inherited)
+    signal.set_wakeup_fd(-1)  # the launcher's, as are the handlers
+    for number in TOLD_BY:
+        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, own)
+    _keep_memory()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -255,3 +301,14 @@ def _rank(rank: int, processes: int, port: int, fn: Callable[..., Any], argument
         message = f"axialtrain: rank {rank} failed:\n{traceback.format_exc()}"
         print(message, file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _keep_memory() -> None:
+    """Tell glibc's malloc; others have nothing that could be told."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return
+    for name, (parameter, value) in KEEP_MEMORY.items():
+        if name not in os.environ:
+            mallopt(parameter, value)

@@ -42,13 +42,13 @@ FLIGHT = "flight"
 
 
 def run(
-    config: RunConfig, folder: Path, run_yaml: str, device_type: str, threads: int | None
+    config: RunConfig, folder: Path, run_yaml: str, device_type: str, threads: int
 ) -> dict[str, float]:
     """Train on this rank. Started once per rank with RANK, LOCAL_RANK, WORLD_SIZE and the
     rendezvous in the environment, as torchrun, deepspeed and the local launcher do.
 
     config: has passed `check`. device_type: "cpu" or "cuda", of DeepSpeed too (DS_ACCELERATOR).
-    threads: of this process; None leaves torch's own choice.
+    threads: of torch in this process.
     Returns the last metrics, equal on all ranks.
     Raises Interrupted where the run was told to end, and has saved.
     """
@@ -58,8 +58,7 @@ def run(
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     # torch renames its collectives; DeepSpeed still calls them by the old names, on every rank.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

@@ -8,16 +8,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.watch_ranks import small_run
 
-from axialtrain.launch.local import processes_of_outer_launcher, start
-from axialtrain.train.signals import AGAIN
+from axialtrain.launch.local import (
+    can_fork,  # noqa: F401 - for the code in `launched`
+    processes_of_outer_launcher,
+    start,
+    threads_each,
+)
+from axialtrain.train.signals import AGAIN, TOLD_BY
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +60,17 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def compute() -> None:
+    """In several OpenMP threads; prints how many there are, and a name drawn at random."""
+    torch.set_num_threads(3)
+    torch.randn(2**20).exp().sum()
+    with tempfile.TemporaryDirectory() as name:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        print(f"{torch.get_num_threads()} {os.path.basename(name)}\n", end="", flush=True)
+        dist.destroy_process_group()
+
+
 def wait_long() -> None:
     print("waiting", flush=True)
     time.sleep(60)
@@ -84,9 +102,12 @@ def test_a_rank_that_dies_in_a_step_is_named(capfd, tmp_path):
     assert capfd.readouterr().err == f"axialtrain: rank 0 on {HOST} died in step 3: SIGKILL\n"
 
 
-def launched(call: str, *, ready: str, count: int) -> subprocess.Popen[str]:
+def launched(call: str, *, ready: str, count: int, fork: bool = True) -> subprocess.Popen[str]:
     """start(`call`) in a process group of its own, once `count` lines `ready` were printed."""
-    code = f"from launch.test_local import *; print('up', flush=True); sys.exit(start({call}))"
+    code = (
+        "from launch.test_local import *; print('up', flush=True); "
+        f"sys.exit(start({call}, fork={fork} and can_fork()))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": "tests", "OMP_NUM_THREADS": "1"},
@@ -126,8 +147,12 @@ def alive(group: int) -> bool:
     return True
 
 
-def test_an_interrupt_ends_ranks_that_cannot_save():
-    process = launched("wait_long, (), 2", ready="waiting", count=2)
+FORKED = pytest.mark.parametrize("fork", [True, False], ids=["copies", "anew"])
+
+
+@FORKED
+def test_an_interrupt_ends_ranks_that_cannot_save(fork):
+    process = launched("wait_long, (), 2", ready="waiting", count=2, fork=fork)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everybody
     status, errors = ended(process)
     assert status == 130
@@ -135,17 +160,20 @@ def test_an_interrupt_ends_ranks_that_cannot_save():
 
 
 @pytest.mark.parametrize(
-    ("to_all", "signals"),
+    ("fork", "to_all", "signals"),
     [
-        (False, [signal.SIGTERM]),
-        (True, [signal.SIGINT]),  # as a terminal sends it, and once more from the launcher
-        (False, [signal.SIGUSR1, signal.SIGTERM]),  # Slurm's warning, and its end
+        (True, False, [signal.SIGTERM]),
+        (True, True, [signal.SIGINT]),  # as a terminal sends it, and once more from the launcher
+        (False, True, [signal.SIGINT]),
+        (True, False, [signal.SIGUSR1, signal.SIGTERM]),  # Slurm's warning, and its end
     ],
-    ids=["SIGTERM", "Ctrl-C", "Slurm"],
+    ids=["SIGTERM", "Ctrl-C", "Ctrl-C, anew", "Slurm"],
 )
-def test_ranks_that_are_told_to_end_save_and_ask_to_be_started_again(tmp_path, to_all, signals):
+def test_ranks_that_are_told_to_end_save_and_ask_to_be_started_again(
+    tmp_path, fork, to_all, signals
+):
     process = launched(
-        f"small_run, ('none', 0, 20.0, {str(tmp_path)!r}), 2", ready="there", count=2
+        f"small_run, ('none', 0, 20.0, {str(tmp_path)!r}), 2", ready="there", count=2, fork=fork
     )
     for number in signals:
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -168,15 +196,25 @@ def test_a_second_signal_ends_ranks_at_once(tmp_path):
     assert "killed by a second signal after SIGTERM" in errors
 
 
-def test_a_signal_while_ranks_begin_means_start_me_again():
-    process = launched("wait_long, (), 2", ready="up", count=1)
-    time.sleep(0.5)  # they import torch
+@FORKED
+def test_a_signal_while_ranks_begin_means_start_me_again(fork):
+    process = launched("wait_long, (), 2", ready="up", count=1, fork=fork)
+    time.sleep(0.05 if fork else 0.5)  # new ones import torch
     os.kill(process.pid, signal.SIGTERM)
     status, errors = ended(process)
     assert status == AGAIN
     assert "interrupted by SIGTERM: nothing was saved now" in errors
 
 
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in TOLD_BY}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_a_signal_that_another_thread_gets_is_handed_on():
     def told() -> None:
         while len(multiprocessing.active_children()) < 2:
@@ -190,6 +228,40 @@ def test_a_signal_that_another_thread_gets_is_handed_on():
     assert start(wait_long, (), 2) == AGAIN
     thread.join()
     assert time.monotonic() - started < 40
+
+
+def test_copies_have_their_own_threads_and_random_numbers():
+    """A copy of a process whose OpenMP threads are gone would wait for them; two copies that drew
+    alike would, for instance, take the same temporary names."""
+    code = (
+        "from launch.test_local import *; fork = can_fork(); torch.randn(2**16).sum(); "
+        "sys.exit(start(compute, (), 2, fork=fork))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        | {"PYTHONPATH": "tests"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    threads, names = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert threads == ("3", "3")
+    assert len(set(names)) == 2
+
+
+def test_threads_of_a_rank(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert threads_each(None, 1, 7) == cores
+    assert threads_each(None, 4 * cores, 7) == 1
+    assert threads_each(3, 1, 7) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert threads_each(None, 1, 7) == 7
+    assert threads_each(3, 1, 7) == 3
 
 
 def test_who_started_us(monkeypatch):
