@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import hypothesis
 import pytest
 from repository import SHARED
+from warm_command import start
 
 # How long an example takes says how busy the machine is; a test that hangs has pytest's timeout.
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -29,21 +33,39 @@ def slide() -> Path:
 
 @pytest.fixture(scope="session")
 def axialtrain() -> Command:
-    """axialtrain(*arguments, cwd=, timeout=, **environment): the finished process."""
+    """axialtrain(*arguments, cwd=, timeout=, **environment): the finished process.
+
+    A copy of a process that has imported everything; one of its own where `environment` is given,
+    for much of that is read on the way.
+    """
 
     def run(
         *arguments: object, cwd: Path, timeout: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        return subprocess.run(
-            [sys.executable, "-m", "axialtrain.cli", *map(str, arguments)],
-            cwd=cwd,
-            env=clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        env = clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | environment
+        if environment:
+            return subprocess.run(
+                [sys.executable, "-m", "axialtrain.cli", *words],
+                cwd=cwd,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        with TemporaryFile() as stdout, TemporaryFile() as stderr:
+            process = start(words, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+            try:
+                status = process.wait(timeout)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            stdout.seek(0)
+            stderr.seek(0)
+            said = (stdout.read().decode(), stderr.read().decode())
+        return subprocess.CompletedProcess(words, status, *said)
 
     return run
 

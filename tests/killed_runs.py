@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from warm_command import Started, start
 
 from axialtrain.train.checkpoint import MARKER, find, newest
 
@@ -37,7 +38,7 @@ class Going:
     """A run that has been started. command: the launcher's process."""
 
     folder: Path
-    command: subprocess.Popen[bytes]
+    command: subprocess.Popen[bytes] | Started
     log: Path
 
     @property
@@ -51,7 +52,7 @@ class Going:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:
             return []
-        return [int(child) for child in children if _is_rank(child)]
+        return [int(child) for child in children if _is_copy(child, pid)]
 
     def steps(self) -> int:
         """Lines of metrics.jsonl so far."""
@@ -75,20 +76,26 @@ class Going:
 @contextmanager
 def going(folder: Path, *arguments: object, module: list[str] | None = None) -> Iterator[Going]:
     """`axialtrain train` with its run in `folder`, in a session of its own, with all of its
-    processes gone afterwards. module: what Python runs instead of `-m axialtrain.cli`."""
+    processes gone afterwards. module: what Python runs instead, from its start; otherwise the
+    command is a copy of a process that has imported everything."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env = clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
-    command = [sys.executable, *(module or ["-m", "axialtrain.cli"]), "train"]
+    words = ["train", *map(str, arguments), f"hydra.run.dir={folder}"]
+    process: subprocess.Popen[bytes] | Started
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *map(str, arguments), f"hydra.run.dir={folder}"],
-            cwd=folder.parent,
-            env=clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        if module is None:
+            process = start(words, cwd=folder.parent, env=env, stdout=output, stderr=output)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *module, *words],
+                cwd=folder.parent,
+                env=env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
     try:
         yield Going(folder, process, log)
     finally:
@@ -212,9 +219,10 @@ def _began(run: Going) -> bool:
     return "going on from step" in run.said or "s/step" in run.said or "step/s" in run.said
 
 
-def _is_rank(pid: str) -> bool:
-    """Whether it is a copy of the launcher, and not a program that one of its libraries calls."""
+def _is_copy(child: str, pid: int) -> bool:
+    """Whether it is a copy of that process, and not a program that one of its libraries calls."""
     try:
-        return b"axialtrain.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        commands = {Path(f"/proc/{each}/cmdline").read_bytes() for each in (child, pid)}
     except OSError:
         return False
+    return len(commands) == 1
