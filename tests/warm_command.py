@@ -115,8 +115,11 @@ def _server() -> _Server:
 
 def _serve(descriptor: int) -> None:
     """Fork for each request until the other side is gone."""
+    import hydra  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     import axialtrain.cli
-    import axialtrain.train.run  # noqa: F401 - and with it all that a run imports
+    import axialtrain.train.run  # noqa: F401 - and with it most of what a run imports
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # it will be: here, local ranks share it
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
