@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from axialtrain.mesh.mesh import MeshConfig
@@ -116,7 +116,7 @@ def cost(degrees: Mapping[str, int], hosts: Sequence[str]) -> tuple[int, int]:
 def meshes_on_hosts(draw: st.DrawFn) -> tuple[dict[str, int], list[str]]:
     degrees = {axis: draw(st.integers(1, 4)) for axis in AXES}
     size = len(coordinates(degrees))
-    assume(size <= 24)
+    assume(size <= 16)
     kind = draw(st.sampled_from(["even", "uneven", "any"]))
     names = "abcdef"
     if kind == "even":
@@ -146,6 +146,7 @@ def test_axes_against_pairs_of_ranks(case):
     assert placement.crossing == tuple(a for a in AXES if placement.axes[a].crossing)
 
 
+@settings(max_examples=60)
 @given(meshes_on_hosts())
 def test_what_is_better_is_the_best_that_there_is(case):
     degrees, hosts = case
@@ -169,8 +170,11 @@ def test_what_is_better_is_the_best_that_there_is(case):
         return
     assert better.degrees in meshes
     assert better.degrees["tensor"] == widest
-    assert cost(better.degrees, in_order if better.by_host else hosts) == best
-    assert best < cost(degrees, hosts)
+    if better.by_host:
+        assert cost(better.degrees, hosts) > best
+    else:  # hosts of uneven sizes may be luckier than in order
+        assert cost(better.degrees, hosts) <= best
+    assert cost(better.degrees, in_order) == best < cost(degrees, hosts)
     assert placement.warning is not None
     assert better.by_host == ("host by host" in placement.warning)
     assert (better.degrees != degrees) == (arguments(better.degrees) in placement.warning)
