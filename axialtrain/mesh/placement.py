@@ -39,7 +39,7 @@ class AlongAxis:
             return "of one rank"
         if self.crossing == 0:
             return "inside a host"
-        if len(self.groups) == 1:
+        if self.crossing == len(self.groups):
             return "crosses hosts"
         return f"crosses hosts in {self.crossing} of {len(self.groups)} groups"
 
@@ -97,25 +97,38 @@ class Placement:
     @property
     def warning(self) -> str | None:
         """The axes that cross hosts without need, and what is better; None where none does."""
-        if self.better is None:
-            return None
-        then = Placement(
-            self.better.degrees, _by_host(self.hosts) if self.better.by_host else self.hosts
-        )
-        worse = [
-            name
+        return None if self.better is None else f"{self.worse}. Better {self.advice}"
+
+    @property
+    def worse(self) -> str:
+        """Which axes cross hosts without need, and why that costs."""
+        then = self._then()
+        return "; ".join(
+            f"{name} {axis}, and {_WHY[name]}"
             for name in ("tensor", "col", "row")
-            if self.axes[name].apart > then.axes[name].apart
-        ]
-        found = "; ".join(f"{name} {self.axes[name]}, and {_WHY[name]}" for name in worse)
-        advice = []
-        if self.better.by_host:
-            advice.append("number the ranks host by host")
-        if self.better.degrees != self.degrees:
-            advice.append(f"take {arguments(self.better.degrees)}")
-        left = [name for name in then.crossing if name != "data"]
-        rest = " and ".join(left) or "none of tensor, row and col"
-        return f"{found}. Better {' and '.join(advice)}: what then crosses hosts is {rest}"
+            if (axis := self.axes[name]).apart > then.axes[name].apart
+        )
+
+    @property
+    def advice(self) -> str:
+        """What to do instead."""
+        then, steps = self._then(), []
+        if then.hosts != self.hosts:
+            steps.append("number the ranks host by host")
+        if then.degrees != self.degrees:
+            steps.append(f"take {arguments(then.degrees)}")
+        left = " and ".join(name for name in then.crossing if name != "data")
+        return (
+            f"{' and '.join(steps)}: what then crosses hosts is "
+            f"{left or 'none of tensor, row and col'}"
+        )
+
+    def _then(self) -> Placement:
+        """What is better, or this one."""
+        if self.better is None:
+            return self
+        hosts = _by_host(self.hosts) if self.better.by_host else self.hosts
+        return Placement(self.better.degrees, hosts)
 
 
 def placed(degrees: Mapping[str, int], hosts: Sequence[str]) -> Placement:

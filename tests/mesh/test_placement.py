@@ -58,8 +58,8 @@ def test_ranks_dealt_out_to_hosts_in_turns_are_numbered_anew():
     assert placement.better is not None
     assert placement.better.by_host
     assert placement.warning == (
-        "tensor crosses hosts in 2 of 2 groups, and it sums activations twice in each layer. "
-        "Better number the ranks host by host: what then crosses hosts is col"
+        "tensor crosses hosts, and it sums activations twice in each layer. Better number the "
+        "ranks host by host: what then crosses hosts is col"
     )
 
 
