@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL|DIR",
-        help="a folder to list and to read from; may be given several times",
+        help="a folder of shards to read from; may be given several times",
     )
     parser.add_argument(
         "--timeout",

@@ -40,7 +40,7 @@ from axialtrain.launch.rank_checks import (
     folder_seen,
     reach_others,
 )
-from axialtrain.launch.storage_checks import check_folder, check_store
+from axialtrain.launch.storage_checks import check_checkpoints, check_folder, check_store
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.placement import placed
 from axialtrain.train.mesh_text import axes_lines
@@ -160,11 +160,14 @@ def _machine(plan: Plan, rank: int | None, world: int) -> list[Found]:
             ("build locks", host, machine.check_build_locks),
             ("run folder", host, partial(check_folder, folder=plan.folder)),
         ]
-        checks += [("shards", host, partial(check_store, url=url)) for url in plan.stores]
+        checks += [
+            ("shards", host, partial(check_store, url=url, seconds=plan.timeout / 2))
+            for url in plan.stores
+        ]
         if plan.checkpoints is not None:
             where: Check = partial(check_folder, folder=Path(plan.checkpoints))
             if "://" in plan.checkpoints:
-                where = partial(check_store, url=plan.checkpoints, write=True)
+                where = partial(check_checkpoints, url=plan.checkpoints)
             checks.append(("checkpoints", host, where))
     return [looked(name, who, check, seconds=plan.timeout) for name, who, check in checks]
 

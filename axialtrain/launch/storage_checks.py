@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
+
 from axialtrain.data.passing import without_secrets
+from axialtrain.data.reading import ByteSource, ReadConfig
+from axialtrain.data.store import MANIFEST
 from axialtrain.data.whole import replacing
 from axialtrain.launch.findings import Found, shown
 from axialtrain.train.storage import Folder
 
 WRITTEN = 1 << 20  # bytes, of the file that is tried
 LEAST_FREE = 10**9  # bytes; a checkpoint of a small model takes some hundred MB
-READ = 1 << 10  # bytes of the range that is tried
+READ = 1 << 10  # bytes that are read
 
 
 def existing(folder: Path) -> Path:
@@ -53,71 +56,73 @@ def check_folder(found: Found, folder: Path) -> None:
         )
 
 
-def check_store(found: Found, url: str, *, write: bool = False) -> None:
-    """Whether the folder at `url` can be listed and a range of a file of it read.
+def check_store(found: Found, url: str, *, seconds: float) -> None:
+    """Whether the shards at `url` answer: their manifest is read as training does, or, where there
+    is none, the folder is listed. seconds: for an answer; nothing is asked for again."""
+    where = without_secrets(url)
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        found.trouble(f"{where} cannot be opened ({shown(error)})", _OPEN)
+        return
+    source = ByteSource(fs, ReadConfig(retries=0, timeout=seconds))
+    try:
+        data = source.beginning(f"{root.rstrip('/')}/{MANIFEST}", READ)
+        found.fact(f"{where}: {len(data)} bytes of {MANIFEST} read")
+        return
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        found.trouble(f"{where}/{MANIFEST} cannot be read ({shown(error)})", _ACCESS)
+        return
+    try:
+        names = Folder(url).names()
+    except OSError as error:
+        found.trouble(f"{where} cannot be listed ({shown(error)})", _ACCESS)
+        return
+    if names:
+        found.trouble(
+            f"{where} holds {len(names)} names, and no {MANIFEST}",
+            "name the folder that `axialtrain shard` wrote",
+        )
+    else:
+        found.trouble(
+            f"{where} is not there, or is empty",
+            "name the folder that `axialtrain shard` wrote, at a path that this host has",
+        )
 
-    write: whether it is where checkpoints go, and so must take an object, too.
-    """
+
+def check_checkpoints(found: Found, url: str) -> None:
+    """Whether an object can be written at `url`, read and removed."""
     where = without_secrets(url)
     try:
         folder = Folder(url)
     except (ImportError, ValueError) as error:
-        found.trouble(
-            f"{where} cannot be opened ({shown(error)})",
-            "install what this message names, or correct the URL",
-        )
+        found.trouble(f"{where} cannot be opened ({shown(error)})", _OPEN)
         return
-    try:
-        names = folder.names()
-    except OSError as error:
-        found.trouble(f"{where} cannot be listed ({shown(error)})", _ACCESS)
-        return
-    if write:
-        _check_written(found, folder, where)
-    elif not names:
-        found.trouble(f"{where} is not there, or is empty", "name the folder that holds shards")
-    if names:
-        _check_read(found, folder, names, where)
-
-
-_ACCESS = (
-    "check the endpoint, the credentials and the rights of this host on it (list and read, and "
-    "write for checkpoints)"
-)
-
-
-def _check_read(found: Found, folder: Folder, names: Sequence[str], where: str) -> None:
-    first = "manifest.json" if "manifest.json" in names else None
-    for name in (first,) if first else names[:8]:
-        try:
-            data = folder.read(name, READ)
-        except IsADirectoryError:
-            continue
-        except OSError as error:
-            found.trouble(f"{where}/{name} cannot be read ({shown(error)})", _ACCESS)
-            return
-        found.fact(f"{where}: {len(names)} names, {len(data)} bytes of {name} read")
-        return
-    found.fact(f"{where}: {len(names)} names, and no file among the first")
-
-
-def _check_written(found: Found, folder: Folder, where: str) -> None:
     name = f"axialtrain-doctor-{secrets.token_hex(8)}"
     content = os.urandom(READ)
     try:
-        folder.make()
         try:
             folder.write(name, content)
             back = folder.read(name, READ)
+            listed = folder.has(name)
         finally:
             folder.remove(name)
     except OSError as error:
         found.trouble(f"{where} cannot be written to ({shown(error)})", _ACCESS)
         return
-    if back != content:
+    if back != content or not listed:
         found.trouble(
-            f"{where} gives back other bytes than were written",
+            f"{where} does not give back what was just written there",
             "use a store that shows an object when all of it has arrived",
         )
         return
-    found.fact(f"{where}: written, read and removed an object")
+    found.fact(f"{where}: wrote, listed, read and removed an object")
+
+
+_OPEN = "install what this message names, or correct the URL"
+_ACCESS = (
+    "check the endpoint, the credentials and the rights of this host there (to list and to read, "
+    "and for checkpoints to write)"
+)
