@@ -54,7 +54,7 @@ class Meeting:
         self.store: Store = PrefixStore(f"axialtrain/doctor/{restarts}", store)
 
     def meet(self) -> None:
-        """Find out who is here. Raises OSError where rank 0 does not answer."""
+        """Find out who is here. Raises OSError where rank 0 does not answer, or has not waited."""
         self._set(f"here/{self.rank}", b"")
         if self.rank == 0:
             end = time.monotonic() + self.timeout
@@ -64,6 +64,8 @@ class Meeting:
                 time.sleep(POLL if missing else 0)
             self.present = [rank for rank in range(self.world) if rank not in missing]
         self.present = self.share("present", self.present, seconds=2 * self.timeout)
+        if self.rank not in self.present:
+            raise OSError(f"rank 0 had waited for {self.timeout:g} s and went on")
 
     def share(self, name: str, value: Any, *, seconds: float = PATIENCE) -> Any:
         """Rank 0's `value`, on every rank. Raises OSError where it does not come.

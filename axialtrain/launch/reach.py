@@ -123,6 +123,7 @@ def _reach(peer: int, address: str, port: int, seconds: float) -> Reached:
                 ping = after - before, said["time"] - (before + after) / 2
                 best = ping if best is None else min(best, ping)
     except (OSError, ValueError) as error:
-        return Reached(peer, str(error) or type(error).__name__)
+        said = getattr(error, "strerror", None) or str(error)
+        return Reached(peer, said or type(error).__name__)
     assert best is not None
     return Reached(peer, None, *best)
