@@ -42,7 +42,7 @@ from axialtrain.launch.rank_checks import (
 )
 from axialtrain.launch.storage_checks import check_checkpoints, check_folder, check_store
 from axialtrain.mesh.mesh import Mesh
-from axialtrain.mesh.placement import placed
+from axialtrain.mesh.placement import AXES, placed
 from axialtrain.train.mesh_text import axes_lines
 
 STEPS = 20  # things that may not answer, one after the other, before all is given up
@@ -289,7 +289,11 @@ def _measure(
     if placement.better is not None:
         found.trouble(placement.worse, f"better {placement.advice}")
     report.found.append(found)
-    mesh = Mesh(**degrees, device_type=device.type, timeout=timedelta(seconds=meeting.timeout))
+    mesh = Mesh(
+        *(placement.degrees[axis] for axis in AXES),
+        device_type=device.type,
+        timeout=timedelta(seconds=meeting.timeout),
+    )
     measured = measure(mesh, placement, device)
     speeds = Found("speed", ranks[0].host)
     speeds.fact(table(measured, placement.hosts))

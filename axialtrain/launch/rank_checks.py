@@ -110,11 +110,11 @@ def check_reach(
     failed: dict[int, list[tuple[int, str]]] = {}
     trips = []
     for rank, mine in tries.items():
-        for one in mine:
-            if one.error is None:
-                trips.append((one.trip, rank, one.peer))
+        for tried in mine:
+            if tried.error is None:
+                trips.append((tried.trip, rank, tried.peer))
             else:
-                failed.setdefault(one.peer, []).append((rank, one.error))
+                failed.setdefault(tried.peer, []).append((rank, tried.error))
     for peer, by in failed.items():
         whole = False
         who = ", ".join(str(ranks[rank]) for rank, _ in by[:4])
@@ -129,7 +129,7 @@ def check_reach(
     if trips:
         trip, rank, peer = max(trips)
         found.fact(
-            f"{len(trips)} pairs reach each other over TCP, there and back in up to "
+            f"{len(trips)} connections between ranks over TCP, there and back in up to "
             f"{trip * 1e3:.2f} ms ({ranks[rank]} and {ranks[peer]})"
         )
     return whole

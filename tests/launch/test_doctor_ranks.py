@@ -92,7 +92,7 @@ def test_local_ranks_measure_their_mesh(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 ranks came" in done.stdout
-    assert "12 pairs reach each other over TCP" in done.stdout
+    assert "12 connections between ranks over TCP" in done.stdout
     assert done.stdout.endswith("\nAll is well.\n")
     found: dict[str, Any] = json.loads(record.read_text())
     assert found["mesh"] == {"data": 1, "row": 2, "col": 2, "tensor": 1}
