@@ -98,7 +98,7 @@ class _Deadline:
         )
         self._report.found.append(found)
         if not self._rank:
-            _tell(self._report, self._plan)
+            _tell(self._report, self._plan, self._rank)
         os._exit(FOUND_LATE)
 
 
@@ -110,11 +110,11 @@ def examine(plan: Plan) -> int:
     with _Deadline(plan, report, rank) as deadline:
         if world == 1:
             report.found += _machine(plan, None, 1)
-            return _tell(report, plan)
+            return _tell(report, plan, rank)
         try:
             meeting = Meeting(plan.timeout)
             meeting.meet()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # torch's DistError
             lost = Found("ranks", here(rank))
             lost.trouble(
                 f"cannot meet the other ranks ({error})",
@@ -122,7 +122,7 @@ def examine(plan: Plan) -> int:
                 "that is free there, and that no firewall closes it",
             )
             report.found += [*_machine(plan, rank, world), lost]
-            return _tell(report, plan)
+            return _tell(report, plan, rank)
         try:
             _together(plan, meeting, report, deadline)
         except (OSError, RuntimeError) as error:  # rank 0, or the store, has ended
@@ -131,15 +131,21 @@ def examine(plan: Plan) -> int:
                 f"lost the others in {deadline.at} ({shown(error)})", "see what they print"
             )
             report.found.append(lost)
-            return _tell(report, plan)
-        return meeting.leave(_tell(report, plan) if meeting.rank == 0 else 0)
+            return _tell(report, plan, rank)
+        return meeting.leave(_tell(report, plan, rank) if meeting.rank == 0 else 0)
 
 
-def _tell(report: Report, plan: Plan) -> int:
-    """Print the report, write its record. Returns the exit status."""
+def _tell(report: Report, plan: Plan, rank: int | None) -> int:
+    """Print the report, write its record. Returns the exit status.
+
+    A rank that has lost the others writes one beside that of rank 0.
+    """
     print(report, flush=True)
     if plan.json is not None:
-        report.write(plan.json)
+        own = plan.json
+        if rank:
+            own = own.with_name(f"{own.stem}-rank-{rank}{own.suffix}")
+        report.write(own)
     return report.status
 
 
@@ -191,6 +197,9 @@ def _together(plan: Plan, meeting: Meeting, report: Report, deadline: _Deadline)
         report.hosts = [one.host for one in ranks.values()]
         report.found += [one for its in every.values() for one in its]
         answered = {rank: one for rank, one in ranks.items() if rank in every}
+        # Who comes late to one step may be in time for the next.
+        tries = {rank: its for rank, its in tries.items() if rank in ranks}
+        seen = {rank: why for rank, why in seen.items() if rank in ranks}
         check_missing(among, meeting, answered)
         check_alike(among, ranks)
         whole = check_reach(among, ranks, tries) and len(answered) == meeting.world

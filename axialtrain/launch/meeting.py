@@ -55,7 +55,7 @@ class Meeting:
 
     def meet(self) -> None:
         """Find out who is here. Raises OSError where rank 0 does not answer, or has not waited."""
-        self._set(f"here/{self.rank}", b"")
+        self._tell(f"here/{self.rank}", None)
         if self.rank == 0:
             end = time.monotonic() + self.timeout
             missing = set(range(self.world))
@@ -73,22 +73,20 @@ class Meeting:
         Rank 0 may be waiting for another one; when it ends, its store or its launcher ends us.
         """
         if self.rank == 0:
-            self._set(name, pickle.dumps(value))
+            self._tell(name, value)
             return value
-        return pickle.loads(self._wait(name, seconds))
+        return self._hear(name, seconds)
 
     def gather(self, name: str, value: Any, *, seconds: float | None = None) -> dict[int, Any]:
         """On rank 0 each present rank's `value`, of those that come in time; else nothing."""
-        self._set(f"{name}/{self.rank}", pickle.dumps(value))
+        self._tell(f"{name}/{self.rank}", value)
         if self.rank != 0:
             return {}
         found: dict[int, Any] = {}
         end = time.monotonic() + (seconds or 2 * self.timeout)
         for rank in self.present:
             try:
-                found[rank] = pickle.loads(
-                    self._wait(f"{name}/{rank}", max(POLL, end - time.monotonic()))
-                )
+                found[rank] = self._hear(f"{name}/{rank}", max(POLL, end - time.monotonic()))
             except OSError:
                 continue
         return found
@@ -97,7 +95,7 @@ class Meeting:
         """The exit status that rank 0 gives to all; it keeps its store until they have read it."""
         try:
             status = int(self.share("status", status))
-            self._set(f"left/{self.rank}", b"")
+            self._tell(f"left/{self.rank}", None)
             if self.rank == 0:
                 end = time.monotonic() + min(LINGER, self.timeout)
                 left = [f"left/{rank}" for rank in self.present]
@@ -107,13 +105,13 @@ class Meeting:
             return 1
         return status
 
-    def _set(self, name: str, value: bytes) -> None:
-        self.store.set(name, value)
+    def _tell(self, name: str, value: Any) -> None:
+        self.store.set(name, pickle.dumps(value).hex())  # a store's values are typed as text
 
-    def _wait(self, name: str, seconds: float) -> bytes:
+    def _hear(self, name: str, seconds: float) -> Any:
         try:
             self.store.wait([name], timedelta(seconds=seconds))
-            return self.store.get(name)
+            return pickle.loads(bytes.fromhex(self.store.get(name).decode()))
         except RuntimeError as error:
             raise OSError(f"no {name} within {seconds:.0f} s") from error
 

@@ -13,7 +13,7 @@ def mesh_text(placement: Placement, devices: Sequence[str]) -> str:
     """What mesh.txt holds. devices: of each rank, as torch names them."""
     degrees, hosts = placement.degrees, placement.hosts
     shape = " x ".join(f"{axis}={degree}" for axis, degree in degrees.items())
-    rows = [("rank", "host", "device", *AXES, "holds")]
+    rows: list[tuple[str, ...]] = [("rank", "host", "device", *AXES, "holds")]
     for rank, (host, device) in enumerate(zip(hosts, devices, strict=True)):
         at = placement.coordinates(rank)
         numbers = [str(at[axis]) for axis in AXES]

@@ -189,7 +189,7 @@ def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     with rank(1, ["--json", record, "--timeout", "2"], cwd=tmp_path, MASTER_PORT=port) as alone:
         status, _ = ended(alone)
     assert status == 1
-    (trouble,) = troubles(record)
+    (trouble,) = troubles(tmp_path / "doctor-rank-1.json")
     assert trouble["what"].startswith(
         f"cannot meet the other ranks (the store at 127.0.0.1:{port}: "
     )
