@@ -59,6 +59,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch(parsed: argparse.Namespace) -> int:
     """Do what the command's arguments say; returns the exit status."""
+    taker = SUBMIT.get(parsed.launcher, ("bash",))
+    if parsed.submit and shutil.which(taker[0]) is None:
+        raise ValueError(f"--submit needs {taker[0]}, which is not here: print it or use --out")
     run, warning = prepared(
         parsed.launcher,
         parsed.overrides,
@@ -110,16 +113,20 @@ def prepared(
         check_hostfile(hostfile, nodes, processes)
     elif launcher == "deepspeed" and nodes > 1:
         raise ValueError(f"--with deepspeed on {nodes} nodes needs --hostfile FILE")
+    if name is not None and not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise ValueError(
+            f"--name is {name!r}: allowed are up to 40 of a-z, 0-9 and -, a letter first, no - last"
+        )
     config, folder, _ = compose_run(overrides, nodes * processes)
     warning = check_placement(config.mesh, nodes, processes)
     own = _run_folder(folder, overrides)
-    if own:
+    if any(override.startswith("hydra.run.dir=") for override in own):
         # The same run, if Hydra reads the folder's name as we wrote it.
         _, again, _ = compose_run([*own, *overrides], nodes * processes)
         if again != folder:
             raise ValueError(f"the run folder is {folder}: give hydra.run.dir=, of plain characters")
     return Launch(
-        name=_job_name(name, config.name),
+        name=name or _job_name(config.name),
         overrides=[*own, *overrides],
         nodes=nodes,
         processes=processes,
@@ -180,8 +187,6 @@ def submit(launcher: str, text: str) -> int:
     if command is None:
         sys.stdout.flush()
         os.execvp("bash", ["bash", "-c", text, FILES[launcher]])
-    if shutil.which(command[0]) is None:
-        raise ValueError(f"--submit needs {command[0]}, which is not here: print it or use --out")
     return subprocess.run(command, input=text, text=True, check=False).returncode
 
 
@@ -200,12 +205,6 @@ def _run_folder(folder: Path, overrides: Sequence[str]) -> list[str]:
     return own
 
 
-def _job_name(given: str | None, of_run: str) -> str:
+def _job_name(run: str) -> str:
     """What Kubernetes takes for the name of a service: it is in the names of the pods, too."""
-    if given is None:
-        return ("axialtrain-" + re.sub(r"[^a-z0-9]+", "-", of_run.lower()))[:40].strip("-")
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", given):
-        raise ValueError(
-            f"--name is {given!r}: allowed are up to 40 of a-z, 0-9 and -, a letter first, no - last"
-        )
-    return given
+    return ("axialtrain-" + re.sub(r"[^a-z0-9]+", "-", run.lower()))[:40].strip("-")
