@@ -48,7 +48,7 @@ time.sleep(float(os.environ.get("SECONDS_OF_PART", "0")))
 """
 SSH = """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do case $1 in -o | -l) shift 2 ;; *) shift ;; esac; done
-export HOST_OF_STAND_IN=$1
+export HOST_OF_STAND_IN=${1#*@} # pdsh takes the user away, and says it by -l
 shift
 # As sshd: a session of its own, which a signal to the client does not reach; its input is the client's.
 exec setsid --wait "${SHELL:-bash}" -c "$*"
@@ -95,11 +95,11 @@ def started(script: str, folder: Path, *arguments: str, **more: str) -> Iterator
 def reports(folder: Path) -> dict[str, tuple[str, dict[str, str], list[str]]]:
     """By host, what its part was given: its folder, variables and arguments."""
     end = time.monotonic() + 60
-    paths = {name: folder.parent / name for name in ("node0", "me@node1")}
+    paths = {name: folder.parent / name for name in ("node0", "node1")}
     while not all(path.exists() and path.read_text() for path in paths.values()):
         assert time.monotonic() < end, "a host was not started"
         time.sleep(0.05)
-    return {name.removeprefix("me@"): json.loads(path.read_text()) for name, path in paths.items()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}
 
 
 def test_torchrun_is_started_on_all_hosts(folder):
@@ -182,7 +182,7 @@ def test_hosts_are_told_when_the_launching_side_ends(script, how, folder):
 
 
 def test_the_status_is_that_of_the_host_that_failed(folder):
-    with started("torchrun.sh", folder, FAILING="me@node1", SECONDS_OF_PART="2") as process:
+    with started("torchrun.sh", folder, FAILING="node1", SECONDS_OF_PART="2") as process:
         assert process.wait(30) == 3
 
 
