@@ -17,10 +17,10 @@ from axialtrain.launch.scripts import FILES, Launch, filled
 if TYPE_CHECKING:
     from axialtrain.mesh.mesh import MeshConfig
 
-DESCRIPTION = """Prints the script or manifest of launch/ for this run, with its nodes, processes and
-arguments filled in, or submits it. Before, the config is composed as `train` does and the mesh
-compared with the nodes: their processes must be as many, and the parts of `tensor` on one node. What
-is printed is one run: submitted again, it goes on from its last checkpoint."""
+DESCRIPTION = """Prints the script or manifest of launch/ for this run, with its nodes, processes
+and arguments filled in, or submits it. Before, the config is composed as `train` does and the mesh
+compared with the nodes: their processes must be as many, and the parts of `tensor` on one node.
+What is printed is one run: submitted again, it goes on from its last checkpoint."""
 SUBMIT = {
     "slurm": ("sbatch",),
     "kubernetes": ("kubectl", "apply", "--filename=-"),
@@ -124,7 +124,7 @@ def prepared(
         # The same run, if Hydra reads the folder's name as we wrote it.
         _, again, _ = compose_run([*own, *overrides], nodes * processes)
         if again != folder:
-            raise ValueError(f"the run folder is {folder}: give hydra.run.dir=, of plain characters")
+            raise ValueError(f"the run folder is {folder}: allowed is hydra.run.dir=PLAIN_NAME")
     return Launch(
         name=name or _job_name(config.name),
         overrides=[*own, *overrides],

@@ -1,8 +1,8 @@
 """The scripts and manifests of `launch/`, filled in for one run.
 
 Nothing is a template here: each file works as it stands, and has its values in variables with
-defaults or in YAML. What a user wrote comes into a script as one quoted word, and into a manifest as
-one string, whatever is in it.
+defaults or in YAML. What a user wrote comes into a script as one quoted word, and into a manifest
+as one string, whatever is in it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What hosts get from torchrun.sh and deepspeed.sh, through every shell between, and how they end.
 
-ssh is a stand-in that runs the command in a shell, as sshd does; tests of several hosts have real ones.
+ssh is a stand-in that runs the command in a shell, as sshd does; tests of several hosts have sshd.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SSH = """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do case $1 in -o | -l) shift 2 ;; *) shift ;; esac; done
 export HOST_OF_STAND_IN=${1#*@} # pdsh takes the user away, and says it by -l
 shift
-# As sshd: a session of its own, which a signal to the client does not reach; its input is the client's.
+# As sshd: a session of its own, which a signal to the client does not reach; one standard input.
 exec setsid --wait "${SHELL:-bash}" -c "$*"
 """
 
@@ -138,14 +138,14 @@ def test_deepspeed_is_started_on_all_hosts_by_ssh(folder):
 
 @pytest.mark.slow
 def test_deepspeed_is_started_on_all_hosts_by_pdsh(folder):
-    """deepspeed's runner and pdsh are the real ones, which take the arguments apart and together."""
+    """deepspeed's runner and pdsh are the real ones: both put the arguments together anew."""
     program("pdsh")
     part, runner = folder.parent / "part", folder.parent / "runner"
     # The runner starts the interpreter that runs itself: on the hosts, ours is to be the stand-in.
     runner.write_text(
-        f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['-m', 'deepspeed.launcher.runner']"
-        f"\nsys.executable = {str(part)!r}\nfrom deepspeed.launcher.runner import main\n"
-        "main(sys.argv[3:])\n"
+        f"#!{sys.executable}\nimport sys\nsys.executable = {str(part)!r}\n"
+        "assert sys.argv[1:3] == ['-m', 'deepspeed.launcher.runner']\n"
+        "from deepspeed.launcher.runner import main\nmain(sys.argv[3:])\n"
     )
     runner.chmod(0o755)
     more = {"PYTHON": str(runner), "RUNNER": "pdsh", "DS_ACCELERATOR": "cpu"}

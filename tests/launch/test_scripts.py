@@ -1,4 +1,4 @@
-"""What is in launch/, as it stands and filled in: by its own tools, and by running it on stand-ins."""
+"""What is in launch/, as it stands and filled in: by its own tools, and run on stand-ins."""
 
 from __future__ import annotations
 
