@@ -1,10 +1,9 @@
-"""launch/slurm.sbatch under a real Slurm: told to end, preempted, requeued, it ends with the weights
-of the run that was never interrupted."""
+"""launch/slurm.sbatch under a real Slurm: told to end, preempted, requeued, it ends with the
+weights of the run that was never interrupted."""
 
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def steps(folder: Path) -> int:
 
 
 def trains(cluster: Slurm, job: int | str, folder: Path, more: int = 5) -> None:
-    """Wait until it has taken `more` steps since it was saved. Those are in metrics.jsonl before."""
+    """Wait until it has taken `more` steps since it was saved; those before are counted, too."""
     wanted = saved_step(folder) + more
     cluster.until(lambda: steps(folder) >= wanted, f"job {job} is at step {wanted}")
 
@@ -115,4 +114,3 @@ def test_the_script_is_short_and_asks_for_what_it_needs():
     assert len(text.splitlines()) < 60
     for line in ("--signal=USR1@300", "--requeue", "--open-mode=append"):
         assert f"\n#SBATCH {line}\n" in text
-    assert socket.gethostname() not in text
