@@ -12,7 +12,7 @@ from killed_runs import SMALL, assert_bit_equal, finish, saved_step
 from slurm_cluster import SCRIPT, Slurm, slurm
 from system_tools import root
 
-STEPS = 300
+STEPS = 150
 ONE_NODE = ["--nodes=1", "--cpus-per-task=2"]
 TWO_NODES = ["--nodes=2", "--cpus-per-task=1"]
 
