@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from axialtrain.data import shard_command
+from axialtrain.launch import doctor_arguments
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
@@ -123,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(command=_train)
+
+    look = commands.add_parser(
+        "doctor",
+        help="what keeps a run from starting, or makes it slow: [mesh=RxC or key=value ...]",
+        description=doctor_arguments.DESCRIPTION,
+    )
+    doctor_arguments.arguments(look)
+    look.set_defaults(command=_doctor)
 
     export = commands.add_parser(
         "export",
@@ -282,6 +291,12 @@ def _train(parsed: argparse.Namespace) -> int:
     except EXPECTED as error:
         return say(error, rank=own_rank())  # what only this rank knows
     return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from axialtrain.launch.doctor import doctor
+
+    return doctor(parsed)
 
 
 def _export(parsed: argparse.Namespace) -> int:

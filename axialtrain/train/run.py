@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
+from axialtrain.mesh.placement import placed
 from axialtrain.models.registry import build_backbone
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
@@ -26,6 +28,7 @@ from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
 from axialtrain.train.keep import Keeper
 from axialtrain.train.loop import Run, picture, reading, report, train
+from axialtrain.train.mesh_text import NAME, mesh_text
 from axialtrain.train.progress import Progress
 from axialtrain.train.recorder import record_collectives
 from axialtrain.train.resume import agreed, check_fits, folder_of, found, take_over, told
@@ -104,17 +107,24 @@ def _run(
     # Each rank's ${now:} gives another folder: rank 0's is everybody's.
     folder = gather_objects(folder, mesh.world)[0]
     watch.folder = folder / FLIGHT
+    hosts, devices = zip(
+        *gather_objects((socket.gethostname(), str(device)), mesh.world), strict=True
+    )
+    placement = placed(config.mesh.degrees, hosts)
     saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
     first = mesh.world.rank == 0
     tracker, refused = None, ""
     if first:
         for problem in problems:
             LOG.warning("%s", problem)
+        if placement.warning is not None:
+            LOG.warning("%s", placement.warning)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             step = 0 if saved is None else saved.step
             tracker = Tracker(config.logger, folder, config.name, run_yaml, resumed=step)
             Folder(folder).write("config.yaml", run_yaml.encode())
+            Folder(folder).write(NAME, mesh_text(placement, devices).encode())
         except (ValueError, OSError) as error:
             refused = str(error)
     refused = gather_objects(refused, mesh.world)[0]
