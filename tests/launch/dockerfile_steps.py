@@ -72,7 +72,8 @@ def build(
         if word == "FROM":
             name = rest.partition(" AS ")[2] or "last"
             root = folder / name
-            shutil.copytree(base, root, symlinks=True)
+            # As it is, with the files of devices in its /dev, which Python would read.
+            subprocess.run(["cp", "--archive", base, root], check=True, timeout=timeout)
             for file in NETWORK:
                 shutil.copyfile(f"/{file}", root / file)
             image = stages[name] = Image(root)
