@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from axialtrain.data import shard_command
-from axialtrain.launch import doctor_arguments
+from axialtrain.launch import doctor_arguments, launch_command
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
@@ -132,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor_arguments.arguments(look)
     look.set_defaults(command=_doctor)
+
+    launch = commands.add_parser(
+        "launch",
+        help="the script or manifest that starts a run on many nodes",
+        description=launch_command.DESCRIPTION,
+    )
+    launch_command.arguments(launch)
+    launch.set_defaults(command=launch_command.launch)
 
     export = commands.add_parser(
         "export",

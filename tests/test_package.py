@@ -14,6 +14,8 @@ import pytest
 from killed_runs import metrics
 from repository import REPOSITORY
 
+from axialtrain.launch.scripts import FILES
+
 # A short quickstart, of a small model on a mesh of two.
 SHORT = [
     "quickstart", "--scenes", "2", "1", "mesh=1x2", "train.steps=2", "hydra.run.dir=runs/short",
@@ -89,12 +91,10 @@ def test_a_wheel_has_what_it_needs_and_nothing_else(names, built):
     assert inside == contents(other), "of the sdist and of the checkout it is the same"
     wanted = {name for name in names if name.startswith("axialtrain/")}
     wanted |= {f"axialtrain/{name}" for name in names if name.startswith("configs/")}
+    wanted |= {f"axialtrain/scripts/{name}" for name in [*FILES.values(), "hostfile.example"]}
     assert wanted <= inside.keys()
     for name in inside.keys() - wanted:
-        folder = name.split("/")[0]
-        # The scripts of launch/ lie in the package as they do in the checkout.
-        script = f"launch/{Path(name).name}"
-        assert folder.endswith(".dist-info") or script in names, f"{name} should not be in a wheel"
+        assert name.split("/")[0].endswith(".dist-info"), f"{name} should not be in a wheel"
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "constraints.txt"} <= files
