@@ -13,7 +13,7 @@ from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
-QUICKSTART = {"train": 24, "validation": 4}  # scenes
+QUICKSTART = (24, 4)  # scenes to train on, and for validation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,6 +198,14 @@ def _parser() -> argparse.ArgumentParser:
         "quickstart", help="scenes, shards and a trained model in the current folder"
     )
     quickstart.add_argument("overrides", nargs="*", metavar="key=value")
+    quickstart.add_argument(
+        "--scenes",
+        nargs=2,
+        type=int,
+        default=QUICKSTART,
+        metavar=("TRAIN", "VALIDATION"),
+        help="how many to draw, 24 and 4",
+    )
     quickstart.set_defaults(command=_quickstart)
     return parser
 
@@ -353,24 +361,30 @@ def _bench_data(parsed: argparse.Namespace) -> int:
 
 
 def _quickstart(parsed: argparse.Namespace) -> int:
+    from axialtrain.data.alone import alone
     from axialtrain.data.scene import ceiling, draw_scenes
     from axialtrain.data.shard import shard_images
+    from axialtrain.launch.local import processes_of_outer_launcher
     from axialtrain.train.compose import compose_run
 
     parsed.overrides = ["experiment=quickstart", *parsed.overrides]
-    compose_run(parsed.overrides)  # a wrong key is refused before scenes are drawn
+    # A wrong key is refused before scenes are drawn.
+    compose_run(parsed.overrides, processes_of_outer_launcher())
     end = 0
-    for split, count in QUICKSTART.items():
-        first, end = end, end + count  # no name of a scene, and so no group, is in two splits
-        shards = Path("shards") / split
-        if (shards / "manifest.json").exists():
-            print(f"{shards} is there already: used as it is")
-            continue
-        print(f"drawing {count} scenes for {split}")
-        scenes = draw_scenes(Path("scenes") / split, count=count, size=4096, seed=0, first=first)
-        print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
+    with alone(Path("scenes")):  # of the ranks of torchrun one draws, and the others find it done
+        for split, count in zip(("train", "validation"), parsed.scenes, strict=True):
+            first, end = end, end + count  # no name of a scene, and so no group, is in two splits
+            shards = Path("shards") / split
+            if (shards / "manifest.json").exists():
+                if own_rank() == 0:
+                    print(f"{shards} is there already: used as it is")
+                continue
+            print(f"drawing {count} scenes for {split}", flush=True)
+            folder = Path("scenes") / split
+            scenes = draw_scenes(folder, count=count, size=4096, seed=0, first=first)
+            print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
     status = _train(parsed)
-    if status == 0:
+    if status == 0 and own_rank() == 0:
         print(
             f"\nThe ceiling of a model without long range is an expected mIoU of {ceiling():.3f}: "
             "nothing near a parcel tells its class.\n"

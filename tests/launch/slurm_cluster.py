@@ -17,7 +17,7 @@ from repository import REPOSITORY
 from system_tools import program
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
-TIMEOUT = 90.0  # s, of everything that is waited for
+TIMEOUT = 180.0  # s, of everything that is waited for
 # Both names are of this machine, for torchrun looks its endpoint up.
 CONFIG = """
 ClusterName=axialtrain
@@ -41,7 +41,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_min_interval=0,bf_interval=5
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
@@ -142,7 +142,9 @@ def _idle(cluster: Slurm) -> bool:
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
         return [free.getsockname()[1] for free in sockets]
 
 
