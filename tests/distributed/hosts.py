@@ -31,7 +31,7 @@ RELAY = Path(__file__).with_name("relay.py")
 NETWORK = "10.213.7"  # of no interface that this machine has, and it could not be reached from here
 SOON = 20.0  # s, of everything that is waited for
 
-# Process 1 of a host: what dies under it is reaped, as it ignores SIGCHLD, and so does `cat`.
+# Process 1 of a host ignores SIGCHLD, so that what dies without a parent is reaped.
 HOLD_HOST = """
 set -e
 hostname "$1"
@@ -40,17 +40,15 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
-trap '' CHLD
 echo ready
-exec cat
+exec env --ignore-signal=CHLD cat
 """
 HOLD_SWITCH = """
 set -e
 ip link add middle type bridge stp_state 0 forward_delay 0
 ip link set middle up
-trap '' CHLD
 echo ready
-exec cat
+exec env --ignore-signal=CHLD cat
 """
 
 

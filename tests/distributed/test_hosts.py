@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed.hosts import Host, hosts
+from distributed.ssh import ssh_between
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +110,14 @@ def test_nothing_of_them_is_left(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in held):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_they_log_in_by_ssh(pair, tmp_path):
+    """With a home of their own, and by the test's key alone."""
+    a, b = pair
+    with ssh_between(pair, tmp_path / "ssh") as arguments:
+        said = a.run("ssh", *arguments.split(), "host1", 'echo "$HOME $TMPDIR"')
+        assert said.split() == [b.environment["HOME"], b.environment["TMPDIR"]]
+        (tmp_path / "ssh" / "client.pub").write_text("")
+        with pytest.raises(AssertionError, match="Permission denied"):
+            a.run("ssh", *arguments.split(), "-o", "BatchMode=yes", "host1", "true")
