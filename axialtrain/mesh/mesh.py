@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from axialtrain.grid import Layout, Place
+from axialtrain.mesh.placement import AXES
 
-AXES = ("data", "row", "col", "tensor")
 EXCHANGES = ("swap", "heads", "gather")
 SWAPS = ("auto", "direct", "hierarchical")
 
