@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ SOON = 20.0  # s, of everything that is waited for
 HOLD_HOST = """
 set -e
 hostname "$1"
-mount --bind "$2" /etc/hosts
+mount --bind "$2/$1/hosts" /etc/hosts
+mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount -t tmpfs tmpfs /dev/shm
@@ -85,13 +86,25 @@ class Space:
 @dataclass
 class Host(Space):
     """One of several. address: in the network of the test. port: its end of the cable, at the
-    switch. folder: of this host alone; HOME and TMPDIR are in it."""
+    switch. folder: of this host alone. own: environment variables that are others elsewhere."""
 
     address: str
     port: str
     switch: Space
     folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, str]:
+        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # made once for all
+        home, tmp = str(self.folder / "home"), str(self.folder / "tmp")
+        return {"HOME": home, "TMPDIR": tmp, "XDG_CACHE_HOME": cache}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, without what another launcher has set, and with `own`."""
+        launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GLOO_", "NCCL_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
+        return clean | self.own | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
     def cut(self) -> None:
         """Pull the cable; what is on its way is lost, and nobody is told."""
@@ -148,8 +161,10 @@ class Host(Space):
 
 
 @contextmanager
-def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
+def hosts(count: int, folder: Path, *, own_name: str | None = None) -> Iterator[list[Host]]:
     """`count` hosts named host0, host1, ..., who find each other by name. folder: for their files.
+
+    own_name: the address that each takes its own name for; its own in the network without.
 
     Other users than root are skipped; in CI they fail.
     """
@@ -157,9 +172,7 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     for needed in ("ip", "unshare", "nsenter"):
         program(needed)
     addresses = [f"{NETWORK}.{number + 1}" for number in range(count)]
-    known = [f"{address} host{number}" for number, address in enumerate(addresses)]
-    table = folder / "hosts"
-    table.write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
+    (folder / "nsswitch.conf").write_text("hosts: files\n")  # there is nobody else to ask
     with ExitStack() as stack:
         hold = stack.enter_context
         switch = Space("switch", *hold(_held(["--net", "--pid"], HOLD_SWITCH)))
@@ -167,12 +180,14 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
         for number, address in enumerate(addresses):
             name, port = f"host{number}", f"port{number}"
             kinds = ["--net", "--pid", "--uts", "--mount"]
-            space = hold(_held(kinds, HOLD_HOST, name, str(table)))
-            own = folder / name
             for part in ("home", "tmp"):
-                (own / part).mkdir(parents=True)
-            host = Host(name, *space, address=address, port=port, switch=switch, folder=own)
-            host.environment = _environment(own)
+                (folder / name / part).mkdir(parents=True)
+            known = ["127.0.0.1 localhost", f"{own_name or address} {name}"]
+            others = enumerate(addresses)
+            known += [f"{other} host{k}" for k, other in others if k != number]
+            (folder / name / "hosts").write_text("\n".join([*known, ""]))
+            space = hold(_held(kinds, HOLD_HOST, name, str(folder)))
+            host = Host(name, *space, address, port, switch, folder / name)
             veth = ["type", "veth", "peer", "name", "eth0", "netns", str(host.pid)]
             switch.ip("link", "add", port, *veth)
             switch.ip("link", "set", port, "master", "middle", "up")
@@ -186,14 +201,6 @@ def _output(command: Sequence[str], timeout: float) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Of a process on a host: this process's, without what another launcher may have set."""
-    launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GLOO_", "NCCL_")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
-    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
-    return clean | own | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager

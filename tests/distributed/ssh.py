@@ -21,7 +21,7 @@ UsePAM no
 StrictModes no
 UseDNS no
 PidFile none
-SetEnv HOME={home} TMPDIR={tmp}
+SetEnv {own}
 """
 # The passphrase-less key alone, no agent, no file of the person who runs the tests.
 CLIENT = """\
@@ -49,8 +49,8 @@ def ssh_between(machines: Sequence[Host], folder: Path) -> Iterator[str]:
     arguments = f"-F {folder / 'config'}"
     for host in machines:
         settings = folder / f"sshd-{host.name}"
-        home, tmp = host.environment["HOME"], host.environment["TMPDIR"]
-        settings.write_text(SERVER.format(address=host.address, keys=folder, home=home, tmp=tmp))
+        own = " ".join(f"{key}={value}" for key, value in host.own.items())
+        settings.write_text(SERVER.format(address=host.address, keys=folder, own=own))
         # It goes on in the background once it listens, and dies with its host.
         host.run(program("sshd"), "-f", settings, "-E", host.folder / "sshd.log")
     first = machines[0]

@@ -117,7 +117,7 @@ def test_they_log_in_by_ssh(pair, tmp_path):
     a, b = pair
     with ssh_between(pair, tmp_path / "ssh") as arguments:
         said = a.run("ssh", *arguments.split(), "host1", 'echo "$HOME $TMPDIR"')
-        assert said.split() == [b.environment["HOME"], b.environment["TMPDIR"]]
+        assert said.split() == [b.own["HOME"], b.own["TMPDIR"]]
         (tmp_path / "ssh" / "client.pub").write_text("")
         with pytest.raises(AssertionError, match="Permission denied"):
             a.run("ssh", *arguments.split(), "-o", "BatchMode=yes", "host1", "true")
