@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from axialtrain.data import shard_command
+from axialtrain.launch import launch_command
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 
 QUICKSTART = {"train": 24, "validation": 4}  # scenes
@@ -123,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(command=_train)
+
+    launch = commands.add_parser(
+        "launch",
+        help="the script or manifest that starts a run on many nodes",
+        description=launch_command.DESCRIPTION,
+    )
+    launch_command.arguments(launch)
+    launch.set_defaults(command=launch_command.launch)
 
     export = commands.add_parser(
         "export",

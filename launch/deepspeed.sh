@@ -34,7 +34,7 @@ if [ "${RUNNER:=pdsh}" = ssh ]; then # deepspeed's own part of a host, started b
     ssh -o BatchMode=yes -o ServerAliveInterval=15 ${SSH_ARGS:-} "${hosts[i]% *}" "$remote" <&4 3>&- 4<&- &
   done
   while [ -n "$(jobs -p)" ]; do # the first that fails ends all, when they have said what they know
-    wait -n || { : "${status:=$?}" && sleep 5 && exec 3>&-; }
+    wait -n || { code=$?; [ -n "$status" ] || { status=$code; sleep 5; exec 3>&-; }; }
   done
   exit "${status:-0}"
 fi

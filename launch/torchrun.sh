@@ -40,11 +40,11 @@ for name in $(compgen -e | grep -xE "$ours${FORWARD:+|${FORWARD// /|}}"); do
 done
 life=$(mktemp -u) && mkfifo -m 600 "$life" && exec 3<> "$life" && exec 4< "$life" && rm "$life"
 trap 'exec 3>&-' HUP INT TERM; pids=() end='' status=0
-for host in "${hosts[@]}"; do
-  node "${host#* }" "$([ "${host% *}" = "$first" ] && echo true || echo false)" "${host% *}" "$@"
+for host in "${hosts[@]}"; do slots=${host#* } host=${host% *}
+  node "$slots" "$([ "$host" = "$first" ] && echo true || echo false)" "${host#*@}" "$@"
   remote="bash -c $(printf %q "$setup && exec$(printf ' %q' "${run[@]}") < /dev/null")"
   # shellcheck disable=SC2086 # SSH_ARGS are several
-  ssh -o BatchMode=yes -o ServerAliveInterval=15 ${SSH_ARGS:-} "${host% *}" "$remote" <&4 3>&- 4<&- &
+  ssh -o BatchMode=yes -o ServerAliveInterval=15 ${SSH_ARGS:-} "$host" "$remote" <&4 3>&- 4<&- &
   pids+=($!)
 done
 while [ ${#pids[@]} != 0 ]; do

@@ -1,4 +1,4 @@
-"""What is installed: a wheel carries the configs inside the package."""
+"""What is installed: a wheel carries the configs and launch scripts inside the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 from repository import REPOSITORY
+
+from axialtrain.launch.scripts import FILES
 
 
 @pytest.mark.slow
@@ -30,3 +32,5 @@ def test_a_wheel_has_all_configs_and_modules(tmp_path):
             assert name in inside
         if name.startswith("configs/"):
             assert f"axialtrain/{name}" in inside
+    for name in [*FILES.values(), "hostfile.example"]:
+        assert f"axialtrain/scripts/{name}" in inside
