@@ -15,11 +15,11 @@
 set -euo pipefail
 PYTHON=$(command -v "${PYTHON:-python3}")
 node() { # PROCESSES IS_FIRST LOCAL_ADDR ARGUMENTS: sets `run`, the command of one node
-  run=("$PYTHON" -m torch.distributed.run "--nnodes=$NODES" "--nproc-per-node=$1"
-    --rdzv-backend=c10d "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=$RUN_ID"
+  run=(${MAX_RESTARTS:+env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1} # or torch 2.13 loses new nodes
+    "$PYTHON" -m torch.distributed.run "--nnodes=$NODES" "--nproc-per-node=$1" --rdzv-backend=c10d
+    "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=$RUN_ID" "--max-restarts=${MAX_RESTARTS:-0}"
     "--rdzv-conf=${RDZV_CONF:-join_timeout=900}${2:+,is_host=$2}" ${3:+"--local-addr=$3"}
-    "--max-restarts=${MAX_RESTARTS:-0}" "--shutdown-timeout=${SAVE_SECONDS:-300}"
-    -m axialtrain.cli train "${@:4}")
+    "--shutdown-timeout=${SAVE_SECONDS:-300}" -m axialtrain.cli train "${@:4}")
 }
 if [ -z "${HOSTFILE:-}" ]; then
   [ "${NODES:=1}" != 1 ] || : "${RENDEZVOUS:=localhost:0}" # any free port

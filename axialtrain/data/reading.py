@@ -165,8 +165,8 @@ class ByteSource:
     def spans(self, path: str, spans: Sequence[Span]) -> list[bytes]:
         """The bytes of each of `spans`, which are in order and apart.
 
-        Over a network near ones come together, and are looked for in the cache first. What is not right is fetched once
-        more, and is returned as it then comes. Errors as `fetch` has them.
+        Over a network near ones come together, and are looked for in the cache first. What is not
+        right is fetched once more, and is returned as it then comes. Errors as `fetch` has them.
         """
         if not spans:
             return []

@@ -28,6 +28,7 @@ from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
 from axialtrain.train.keep import Keeper
 from axialtrain.train.loop import Run, picture, reading, report, train
+from axialtrain.train.meet import meet
 from axialtrain.train.mesh_text import NAME, mesh_text
 from axialtrain.train.progress import Progress
 from axialtrain.train.recorder import record_collectives
@@ -67,11 +68,7 @@ def run(
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     with closing(Signals()) as signals:
         record_collectives(folder / FLIGHT)
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store over a restart, with the addresses of ranks that are dead.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start/{restarts}/{world}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+        store, rank, world = meet(backend, timeout)
         watch = Watch(store, rank, world, timeout=config.launcher.timeout, folder=folder / FLIGHT)
         try:
             return _run(config, folder, run_yaml, device, signals, watch)

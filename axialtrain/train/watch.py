@@ -11,12 +11,15 @@ to it never returns, whatever its timeout.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -119,6 +122,8 @@ class Watch:
             who = self.report()
             self._asking = True
             self._tell(who)
+            if self._store_is_deaf():
+                atexit.register(end_agent)  # when the message is out
             if self._mine or self.failure is None:
                 return RankLostError(f"{who} (here, {in_step(self.step)}: {said})")
             return RankLostError(self.failure)
@@ -246,6 +251,7 @@ class Watch:
                 # Whoever told of it says why; here only where that was us.
                 self._exit(self.failure if self._mine else None)
             if unanswered > self.timeout and not self._asking:
+                self._broken = self._broken or NO_ANSWER
                 self._exit(self._store_is_gone())
 
     def _store_is_gone(self) -> str:
@@ -257,6 +263,11 @@ class Watch:
             return f"the store is gone: {why}; rank 0 held it, and never told where it stands"
         return f"the store is gone: {why}; it was with {self._zero}"
 
+    def _store_is_deaf(self) -> bool:
+        """Whether the launcher's store, on another host, answers nothing; a connection that is
+        broken ends the launcher's part of this host by itself."""
+        return _launcher_holds_store() and self._broken == NO_ANSWER
+
     def _exit(self, sentence: str | None) -> None:
         if sentence is not None:
             print(f"axialtrain: rank {self.rank}: {sentence}", file=sys.stderr, flush=True)
@@ -265,6 +276,8 @@ class Watch:
             writer = threading.Thread(target=_dump, args=(self.folder, self.rank), daemon=True)
             writer.start()
             writer.join(GRACE)
+        if self._store_is_deaf():
+            end_agent()
         os._exit(LOST)
 
 
@@ -278,6 +291,25 @@ def from_collective(error: BaseException) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+def end_agent() -> None:
+    """SIGKILL to torchrun's agent of this host, which waits for an answer of the same store until
+    TCP gives up, in a quarter of an hour, and hears no signal meanwhile.
+
+    Not where it may start us again: it does, if the connection is back by then.
+    """
+    restarts, most = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    if "TORCHELASTIC_RUN_ID" not in os.environ or restarts < most:
+        return
+    agent = os.getppid()
+    with suppress(OSError):  # another rank of this host has ended it
+        command = Path(f"/proc/{agent}/cmdline").read_bytes()
+        if b"torch.distributed.run" in command or b"torchrun" in command:
+            os.kill(agent, signal.SIGKILL)
 
 
 def _launcher_holds_store() -> bool:

@@ -19,7 +19,7 @@ from distributed.watch_ranks import apart, small_run, stopped_together
 from axialtrain.launch.local import start
 from axialtrain.train.beats import Beat, at_fault, in_step
 from axialtrain.train.recorder import record_collectives
-from axialtrain.train.watch import LOST, from_collective
+from axialtrain.train.watch import LOST, end_agent, from_collective
 
 TIMEOUT = 3.0
 HOST = socket.gethostname()
@@ -102,6 +102,31 @@ def test_the_users_settings_of_the_recorder_win(monkeypatch, tmp_path):
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "nccl-rank-")
     monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")  # ours, which monkeypatch does not know
+
+
+@pytest.mark.parametrize(
+    ("name", "restarts", "most", "ended"),
+    [
+        ("torchrun", 0, 0, True),
+        ("torchrun", 2, 2, True),
+        ("torchrun", 0, 2, False),
+        ("a-shell", 0, 0, False),
+    ],
+)
+def test_only_an_agent_that_starts_nothing_again_is_ended(monkeypatch, name, restarts, most, ended):
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()", name], stdin=-1) as parent:
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        end_agent()  # no torchrun started us
+        for key, value in (("RUN_ID", "x"), ("RESTART_COUNT", restarts), ("MAX_RESTARTS", most)):
+            monkeypatch.setenv(f"TORCHELASTIC_{key}", str(value))
+        assert parent.poll() is None
+        end_agent()
+        try:
+            assert parent.wait(5 if ended else 0.3) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            assert not ended
+        finally:
+            parent.kill()
 
 
 @pytest.mark.slow
