@@ -224,8 +224,7 @@ def _groups(
 ) -> None:
     """The collectives of training: gloo among all, NCCL where there are GPUs, then each axis."""
     device = _device(plan, meeting.world)
-    if (threads := threads_each(plan.threads, meeting.world)) is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads_each(plan.threads, meeting.world, torch.get_num_threads()))
     found = Found("collectives", here(meeting.rank))
     report.found.append(found)
     made = _on_all(meeting, found, "group", partial(_make_group, meeting, device))
