@@ -103,7 +103,9 @@ def check_devices(found: Found, *, wanted: str = "auto", processes: int = 1) -> 
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not list(Path("/dev").glob("nvidia[0-9]*")):
-        if visible:
+        if visible and wanted != "cuda":  # the deepspeed launcher sets it on any host
+            found.fact(f"CUDA_VISIBLE_DEVICES={visible}, which changes nothing without a GPU")
+        elif visible:
             found.trouble(
                 f"CUDA_VISIBLE_DEVICES={visible}, and this host has no GPU",
                 "unset CUDA_VISIBLE_DEVICES, or start the container with its GPUs (--gpus all)",

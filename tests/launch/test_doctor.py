@@ -122,6 +122,10 @@ def test_a_gpu_that_is_asked_for_and_not_there(
     assert len(troubles) == 2
     assert troubles[0].startswith("launcher.device=cuda for 1 ranks, and 0 GPUs are here: start")
     assert troubles[1].startswith("CUDA_VISIBLE_DEVICES=3, and this host has no GPU: unset")
+    # As the deepspeed launcher sets it, also where there is none.
+    status, printed, _ = doctor()
+    assert status == 0
+    assert "CUDA_VISIBLE_DEVICES=3, which changes nothing without a GPU" in printed
 
 
 @pytest.fixture
