@@ -8,7 +8,6 @@ without a pixel, and those that are not kept, are left out, and recorded.
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from axialtrain.data.store import (
     tile_member,
     tile_number,
 )
+from axialtrain.data.tar import file_header
 from axialtrain.data.thumbnail import thumbnail
 from axialtrain.data.tile_tiff import encode_tiff
 from axialtrain.data.tissue import ALL, kept_tiles, overview
@@ -306,11 +306,8 @@ def members(key: str, sample: dict[str, bytes]) -> bytes:
     """
     parts = []
     for name in sorted(sample):
-        entry = tarfile.TarInfo(f"{key}.{name}")
-        entry.size = len(sample[name])
-        entry.mode = 0o444
-        entry.uname = entry.gname = "bigdata"
-        parts += [entry.tobuf(), sample[name], bytes(-entry.size % tarfile.BLOCKSIZE)]
+        size = len(sample[name])
+        parts += [file_header(f"{key}.{name}", size), sample[name], bytes(-size % TAR_RECORD)]
     return b"".join(parts)
 
 

@@ -51,6 +51,34 @@ def plain_file(header: bytes) -> tuple[str, int] | None:
     return name.decode("ascii"), int(size.rstrip(b"\0 "), 8)
 
 
+def file_header(name: str, size: int) -> bytes:
+    """The header of an ordinary file as webdataset writes it: always the same bytes.
+
+    What tarfile makes of a plain name and size, of which it takes thirty times as long, is put
+    together here.
+    """
+    encoded = name.encode()
+    if len(encoded) > 100 or len(encoded) != len(name) or size >= 8**11:
+        return _entry(name, size).tobuf()
+    field = b"%011o\0" % size
+    total = _SUM + sum(encoded) + sum(field)
+    sums = b"%06o\0 " % total
+    name_field = encoded.ljust(100, b"\0")
+    return b"".join((name_field, _PLAIN[100:124], field, _PLAIN[136:148], sums, _PLAIN[156:]))
+
+
+def _entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    entry.mode = 0o444
+    entry.uname = entry.gname = "bigdata"
+    return entry
+
+
+_PLAIN = _entry("", 0).tobuf()  # a header but for name, size, and the sum of its bytes
+_SUM = sum(_PLAIN[:124]) + sum(_PLAIN[136:148]) + sum(_PLAIN[156:]) + 8 * ord(" ")
+
+
 def is_file(info: tarfile.TarInfo, most: int) -> bool:
     """Whether a member is an ordinary file of at most `most` bytes.
 
