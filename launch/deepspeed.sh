@@ -10,11 +10,11 @@
 #               processes: keys belong into the hosts' own files, like ~/.deepspeed_env
 # Nothing is started again: start the same command with resume=auto and a hydra.run.dir.
 set -euo pipefail
-PYTHON=$(command -v "${PYTHON:-python3}")
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "PYTHON=${PYTHON:-python3} is not here" >&2; exit 2; }
 run=("$PYTHON" -m deepspeed.launcher.runner "--master_port=${MASTER_PORT:=29500}")
-main=(--module --no_local_rank axialtrain.cli train) # it adds --local_rank, which Hydra refuses
+main=(--module --no_local_rank axialtrain.cli "${COMMAND:-train}") # it adds --local_rank, which Hydra refuses
 [ -n "${HOSTFILE:-}" ] || exec "${run[@]}" --hostfile=/dev/null "--num_accelerators=${PROCESSES:--1}" "${main[@]}" "$@"
-! grep -nvE '^\s*(#|$)|^[^"[:space:]]+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
+! grep -nvE '^\s*(#|$)|^[^#"[:space:]]+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
 mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$HOSTFILE")
 first=${hosts[0]% *} ours='(NCCL|GLOO|FI|UCX)_.*|MASTER_(ADDR|PORT)|PYTHONPATH|OMP_NUM_THREADS|DS_ACCELERATOR|WANDB_MODE'
 export MASTER_ADDR=${MASTER_ADDR:-${first#*@}} MASTER_PORT
@@ -49,7 +49,7 @@ run+=("--hostfile=$HOSTFILE" "--master_addr=$MASTER_ADDR" --no_ssh_check --force
 if [ "$RUNNER" = openmpi ]; then # its processes know themselves by names of its own
   for name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE; do rank+="export $name=\$OMPI_COMM_WORLD_${name/WORLD_/}; "; done
   exec "${run[@]}" "--launcher_args=--bind-to none --mca plm_rsh_args '${SSH_ARGS:-}' ${LAUNCHER_ARGS:-}" \
-    --no_python bash -c "$rank"'exec "$@"' rank "$PYTHON" -u -m axialtrain.cli train "$@"
+    --no_python bash -c "$rank"'exec "$@"' rank "$PYTHON" -u -m axialtrain.cli "${COMMAND:-train}" "$@"
 fi
 export PDSH_SSH_ARGS_APPEND=${SSH_ARGS:-} # a shell of each host reads the arguments again, and
 for arg; do arg=${arg//%/%%}              # those with a space deepspeed quotes; %h is pdsh's

@@ -13,13 +13,13 @@
 # SSH_ARGS, FORWARD   arguments of ssh; names of more variables for the hosts, where everybody can
 #               read them in a list of processes: keys belong into the hosts' own files
 set -euo pipefail
-PYTHON=$(command -v "${PYTHON:-python3}")
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "PYTHON=${PYTHON:-python3} is not here" >&2; exit 2; }
 node() { # PROCESSES IS_FIRST LOCAL_ADDR ARGUMENTS: sets `run`, the command of one node
   run=(${MAX_RESTARTS:+env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1} # or torch 2.13 loses new nodes
     "$PYTHON" -m torch.distributed.run "--nnodes=$NODES" "--nproc-per-node=$1" --rdzv-backend=c10d
     "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=$RUN_ID" "--max-restarts=${MAX_RESTARTS:-0}"
     "--rdzv-conf=${RDZV_CONF:-join_timeout=900}${2:+,is_host=$2}" ${3:+"--local-addr=$3"}
-    "--shutdown-timeout=${SAVE_SECONDS:-300}" -m axialtrain.cli train "${@:4}")
+    "--shutdown-timeout=${SAVE_SECONDS:-300}" -m axialtrain.cli "${COMMAND:-train}" "${@:4}")
 }
 if [ -z "${HOSTFILE:-}" ]; then
   [ "${NODES:=1}" != 1 ] || : "${RENDEZVOUS:=localhost:0}" # any free port
@@ -27,8 +27,8 @@ if [ -z "${HOSTFILE:-}" ]; then
   node "${PROCESSES:-auto}" "${IS_FIRST:-}" "${LOCAL_ADDR:-}" "$@"
   exec "${run[@]}"
 fi
-! grep -nvE '^\s*(#|$)|^\s*\S+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
-mapfile -t hosts < <(sed -nE 's/^\s*([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$HOSTFILE")
+! grep -nvE '^\s*(#|$)|^[^#[:space:]]+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
+mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$HOSTFILE")
 first=${hosts[0]% *}
 : "${NODES:=${#hosts[@]}}" "${RENDEZVOUS:=${first#*@}}" "${RUN_ID:=axialtrain-$(date +%s)-$$}"
 # A host's standard input is its lifeline: torchrun gets SIGTERM when it ends, because this script

@@ -105,7 +105,7 @@ def _slurm(text: str, launch: Launch) -> str:
         f"#SBATCH --nodes={launch.nodes}\n#SBATCH --{unit}={launch.processes}\n",
     )
     programs = shlex.quote(str(Path(launch.python).parent))
-    lines = [f"export PATH={programs}:$PATH PER_NODE={launch.processes}"]
+    lines = [f"export PATH={programs}:$PATH PROCESSES={launch.processes}"]
     return _with_lines(text, launch, lines)
 
 

@@ -30,6 +30,7 @@ from system_tools import program, root
 RELAY = Path(__file__).with_name("relay.py")
 NETWORK = "10.213.7"  # of no interface that this machine has, and it could not be reached from here
 SOON = 20.0  # s, of everything that is waited for
+_OUTSIDE = Path("/proc/self/ns/pid").stat().st_ino  # the process ids of whoever makes hosts
 
 # Process 1 of a host ignores SIGCHLD, so that what dies without a parent is reaped.
 HOLD_HOST = """
@@ -116,8 +117,12 @@ class Host(Space):
 
     def kill_all(self) -> None:
         """SIGKILL to all processes on this host, as when its power fails; it can start others."""
-        # -1 is every process of the namespace but its first and the one that sends.
-        script = f"import os; os.kill(-1, {signal.SIGKILL:d})"
+        # -1 is every process of the namespace but its first and the one that sends. Should this
+        # host be gone, and its id another process's, nobody is killed.
+        script = (
+            f"import os; assert os.stat('/proc/self/ns/pid').st_ino != {_OUTSIDE}; "
+            f"os.kill(-1, {signal.SIGKILL:d})"
+        )
         end = time.monotonic() + SOON
         while True:
             done = subprocess.run(

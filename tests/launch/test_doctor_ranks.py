@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed.hosts import hosts
 from system_tools import program, root
 
 pytestmark = pytest.mark.slow
@@ -196,67 +197,35 @@ def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     assert trouble["fix"].startswith("see that rank 0 runs, that MASTER_ADDR and MASTER_PORT name")
 
 
-@contextmanager
-def host_behind_a_link(name: str) -> Iterator[list[str]]:
-    """A network namespace at 10.231.7.2, which reaches this one at 10.231.7.1, and has an
-    interface `inner0` at 10.231.8.2 beside it that nobody else reaches. Gives the words that start
-    a program there, with a host name of its own."""
-    ip, run = program("ip"), {"check": True, "timeout": 30}
-    outside = f"{name}-0"
-
-    def within(*words: str) -> None:
-        subprocess.run([ip, "-n", name, *words], **run)
-
-    subprocess.run([ip, "netns", "add", name], **run)
-    try:
-        subprocess.run(
-            [ip, "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name],
-            **run,
-        )
-        subprocess.run([ip, "addr", "add", "10.231.7.1/24", "dev", outside], **run)
-        subprocess.run([ip, "link", "set", outside, "up"], **run)
-        # Nothing for `inner0` leaves this machine by its own default route.
-        subprocess.run([ip, "route", "add", "unreachable", "10.231.8.0/24"], **run)
-        within("addr", "add", "10.231.7.2/24", "dev", "eth0")
-        within("link", "add", "inner0", "type", "veth", "peer", "name", "inner1")
-        within("addr", "add", "10.231.8.2/24", "dev", "inner0")
-        for interface in ("lo", "eth0", "inner0", "inner1"):
-            within("link", "set", interface, "up")
-        there = [ip, "netns", "exec", name, program("unshare"), "--uts", "sh", "-c"]
-        yield [*there, f'hostname {name} && exec "$@"', "sh"]
-    finally:
-        # The other end of a link goes with it, but with a namespace only when nobody is in it.
-        for words in (
-            ["route", "del", "unreachable", "10.231.8.0/24"],
-            ["link", "del", outside],
-            ["netns", "del", name],
-        ):
-            subprocess.run([ip, *words], capture_output=True, timeout=30, check=False)
-
-
 def test_a_rank_that_cannot_be_reached(tmp_path: Path) -> None:
     """It reaches the store, but tells others to find it at an interface that leads nowhere, as the
     bridge of a container engine does."""
-    root()
     record = tmp_path / "doctor.json"
     asked = ["--json", record, "--timeout", PATIENT]
-    shared = {"MASTER_ADDR": "10.231.7.1", "MASTER_PORT": free_port()}
     with ExitStack() as stack:
-        far = stack.enter_context(host_behind_a_link("axt-doctor"))
+        near, far = stack.enter_context(hosts(2, tmp_path))
+        near.ip("route", "add", "unreachable", "10.231.8.0/24")
+        far.ip("link", "add", "inner0", "type", "veth", "peer", "name", "inner1")
+        far.ip("address", "add", "10.231.8.2/24", "dev", "inner0")
+        for interface in ("inner0", "inner1"):
+            far.ip("link", "set", interface, "up")
+        shared = {"MASTER_ADDR": near.address, "MASTER_PORT": "29555"}
         zero = stack.enter_context(
-            rank(0, asked, cwd=tmp_path, **shared, GLOO_SOCKET_IFNAME="axt-doctor-0")
+            rank(0, asked, cwd=tmp_path, before=near.command([], tmp_path), **shared)
         )
         other = stack.enter_context(
-            rank(1, asked, cwd=tmp_path, before=far, **shared, GLOO_SOCKET_IFNAME="inner0")
-        )
+            rank(
+                1, asked, cwd=tmp_path, before=far.command([], tmp_path), **shared,
+                GLOO_SOCKET_IFNAME="inner0",
+            )
+        )  # fmt: skip
         status, printed = ended(zero)
         assert ended(other)[0] == 1
     assert status == 1
     (trouble,) = troubles(record)
-    host = socket.gethostname()
-    assert trouble["where"] == "rank 1 on axt-doctor"
+    assert trouble["where"] == "rank 1 on host1"
     assert trouble["what"].startswith(
-        f"rank 0 on {host} cannot reach it over TCP at 10.231.8.2, where its host says it is ("
+        "rank 0 on host0 cannot reach it over TCP at 10.231.8.2, where its host says it is ("
     )
     assert trouble["fix"].startswith("let all TCP ports through between the hosts, and name the")
     assert "(No route to host)" in trouble["what"]
