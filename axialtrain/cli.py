@@ -6,12 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
-from axialtrain.launch.errors import EXPECTED, again, own_rank, say
+from axialtrain.launch.errors import EXPECTED, again, own_rank, say, speaks
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(parsed.command(parsed))
     except EXPECTED as error:
         # Under torchrun every rank refuses the same thing for the same reason: said once.
-        return say(error) if own_rank() == 0 else 2
+        return say(error) if speaks() else 2
     except KeyboardInterrupt:
         print("axialtrain: interrupted", file=sys.stderr)
         return 130
@@ -295,7 +296,9 @@ def _train(parsed: argparse.Namespace) -> int:
     threads = threads_each(config.launcher.threads, config.mesh.size, own_threads)
     arguments = (config, folder, text, device, threads)
     if started is None:
-        return start(run, arguments, config.mesh.size, fork=fork)
+        # Threads do not outlive a fork: tqdm has one, and what reads from an object store.
+        fork = fork and threading.active_count() == 1
+        return start(run, arguments, config.mesh.size, fork=fork, last=parsed.own_process)
     try:
         run(*arguments)
     except Interrupted as error:
@@ -361,28 +364,19 @@ def _bench_data(parsed: argparse.Namespace) -> int:
 
 
 def _quickstart(parsed: argparse.Namespace) -> int:
-    from axialtrain.data.alone import alone
-    from axialtrain.data.scene import ceiling, draw_scenes
-    from axialtrain.data.shard import shard_images
+    from axialtrain.data.scene import ceiling
     from axialtrain.launch.local import processes_of_outer_launcher
     from axialtrain.train.compose import compose_run
 
+    if min(parsed.scenes) < 1:
+        raise ValueError(f"--scenes {parsed.scenes}: allowed are two numbers from 1")
     parsed.overrides = ["experiment=quickstart", *parsed.overrides]
     # A wrong key is refused before scenes are drawn.
     compose_run(parsed.overrides, processes_of_outer_launcher())
-    end = 0
-    with alone(Path("scenes")):  # of the ranks of torchrun one draws, and the others find it done
-        for split, count in zip(("train", "validation"), parsed.scenes, strict=True):
-            first, end = end, end + count  # no name of a scene, and so no group, is in two splits
-            shards = Path("shards") / split
-            if (shards / "manifest.json").exists():
-                if own_rank() == 0:
-                    print(f"{shards} is there already: used as it is")
-                continue
-            print(f"drawing {count} scenes for {split}", flush=True)
-            folder = Path("scenes") / split
-            scenes = draw_scenes(folder, count=count, size=4096, seed=0, first=first)
-            print(shard_images([s[0] for s in scenes], shards, labels=[s[1] for s in scenes]))
+    try:
+        _draw_quickstart(parsed.scenes)
+    except EXPECTED as error:  # one rank draws, which alone knows
+        return say(error, rank=own_rank() if "WORLD_SIZE" in os.environ else None)
     status = _train(parsed)
     if status == 0 and own_rank() == 0:
         print(
@@ -395,6 +389,33 @@ def _quickstart(parsed: argparse.Namespace) -> int:
             "    axialtrain train experiment=reconstruct data.shards=shards/slide mesh=2x2"
         )
     return status
+
+
+def _draw_quickstart(scenes: Sequence[int]) -> None:
+    """Scenes and shards in the current folder, unless they are there. scenes: to train on, and for
+    validation."""
+    from tqdm import tqdm
+
+    from axialtrain.data.alone import alone
+    from axialtrain.data.region import open_shards
+    from axialtrain.data.scene import draw_scenes
+    from axialtrain.data.shard import shard_images
+
+    tqdm.monitor_interval = 0  # no thread, which would not outlive the fork of the ranks
+    end = 0
+    with alone(Path("scenes")):  # of the ranks of torchrun one draws, and the others find it done
+        for split, count in zip(("train", "validation"), scenes, strict=True):
+            first, end = end, end + count  # no name of a scene, and so no group, is in two splits
+            shards = Path("shards") / split
+            if (shards / "manifest.json").exists():
+                end = first + len(open_shards(str(shards)).images)
+                if own_rank() == 0:
+                    print(f"{shards} is there already: used as it is")
+                continue
+            print(f"drawing {count} scenes for {split}", flush=True)
+            folder = Path("scenes") / split
+            drawn = draw_scenes(folder, count=count, size=4096, seed=0, first=first)
+            print(shard_images([s[0] for s in drawn], shards, labels=[s[1] for s in drawn]))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Going:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:
             return []
-        return [int(child) for child in children if _is_copy(child, pid)]
+        return [int(child) for child in children if _is_rank(child, pid)]
 
     def steps(self) -> int:
         """Lines of metrics.jsonl so far."""
@@ -219,10 +219,11 @@ def _began(run: Going) -> bool:
     return "going on from step" in run.said or "s/step" in run.said or "step/s" in run.said
 
 
-def _is_copy(child: str, pid: int) -> bool:
-    """Whether it is a copy of that process, and not a program that one of its libraries calls."""
+def _is_rank(child: str, pid: int) -> bool:
+    """Whether it is a copy of that process, or, on a machine with GPUs, one that it has begun anew;
+    and not a program that one of its libraries calls."""
     try:
-        commands = {Path(f"/proc/{each}/cmdline").read_bytes() for each in (child, pid)}
+        own, other = (Path(f"/proc/{each}/cmdline").read_bytes() for each in (child, pid))
     except OSError:
         return False
-    return len(commands) == 1
+    return own == other or b"spawn_main" in own

@@ -163,15 +163,15 @@ class ByteSource:
         return [part[0] if len(part) == 1 else b"".join(part) for part in parts]
 
     def spans(self, path: str, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each of `spans`, which are in order and apart.
+        """The bytes of each of `spans`, which are in order and apart; near ones come together.
 
-        Over a network near ones come together, and are looked for in the cache first. What is not
-        right is fetched once more, and is returned as it then comes. Errors as `fetch` has them.
+        Those of a network are looked for in the cache first. What is not right is fetched once
+        more, and is returned as it then comes. Errors as `fetch` has them.
         """
         if not spans:
             return []
-        if self.local:  # a request costs less than taking what came with another apart
-            return self.fetch(path, [(span.start, span.stop) for span in spans])
+        if self.local:
+            return self._merged(path, spans)
         names = self._names(path, spans)
         found = self._kept(path, names)
         came = self._fetched(path, [span for span in spans if span not in found])

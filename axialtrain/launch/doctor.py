@@ -45,7 +45,9 @@ def doctor(parsed: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "status"
         status = start(_local_rank, (plan, answer), size)
-        return int(answer.read_text()) if status == 0 else status
+        if status == 0:
+            return int(answer.read_text())
+        return 1 if status == 1 else 2  # it was told to end, say
 
 
 def plan_of(overrides: Sequence[str], started: int | None) -> Plan:

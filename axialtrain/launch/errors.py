@@ -27,5 +27,21 @@ def again(error: Interrupted) -> int:
 
 
 def own_rank() -> int:
-    """RANK, as every launcher sets it; 0 where none did."""
-    return int(os.environ.get("RANK", "0"))
+    """RANK, as every launcher sets it; 0 where none did. Raises ValueError as `number_in` does."""
+    return number_in("RANK") or 0
+
+
+def speaks() -> bool:
+    """Whether this process says what all ranks have found alike: rank 0 does, or who is no rank."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0").strip("0") == ""
+
+
+def number_in(name: str) -> int | None:
+    """The number that a launcher has put into the environment; None where there is none.
+
+    Raises ValueError where it is something else.
+    """
+    value = os.environ.get(name)
+    if value is not None and not (value.isascii() and value.isdecimal()):
+        raise ValueError(f"{name}={value!r}: allowed is a whole number, as torchrun sets it")
+    return None if value is None else int(value)

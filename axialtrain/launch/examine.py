@@ -47,6 +47,7 @@ from axialtrain.train.mesh_text import axes_lines
 
 STEPS = 20  # things that may not answer, one after the other, before all is given up
 FOUND_LATE = 1  # exit status of a rank that is given up
+LATER = 5.0  # s, which other ranks wait longer than rank 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class _Deadline:
         self.at = "its own checks"
         self._plan, self._report, self._rank = plan, report, rank
         self._seconds = (STEPS + len(plan.stores)) * plan.timeout
+        if rank:  # rank 0 is the one that says what was found
+            self._seconds += LATER
         self._timer = threading.Timer(self._seconds, self._late)
         self._timer.daemon = True
 
@@ -91,14 +94,15 @@ class _Deadline:
         self._timer.cancel()
 
     def _late(self) -> None:
+        if self._rank:
+            os._exit(FOUND_LATE)
         found = Found("ranks", here(self._rank))
         found.trouble(
             f"no end of {self.at} within {self._seconds:g} s",
             "see which rank printed nothing, or an error, and look at its host first",
         )
         self._report.found.append(found)
-        if not self._rank:
-            _tell(self._report, self._plan, self._rank)
+        _tell(self._report, self._plan, self._rank)
         os._exit(FOUND_LATE)
 
 

@@ -166,7 +166,7 @@ def _many(count: int, what: str) -> str:
 def shown(error: BaseException) -> str:
     """An error in one line, without the passwords and signatures of the URLs in it."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return re.sub(r"[a-z][a-z0-9+]*://[^\s'\")]+", lambda url: without_secrets(url[0]), text)
+    return re.sub(r"(?i)[a-z][a-z0-9+.-]*://\S+", lambda url: without_secrets(url[0]), text)
 
 
 def here(rank: int | None) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Prints the script or manifest of launch/ for this run, with its nodes, processes
 and arguments filled in, or submits it. Before, the config is composed as `train` does and the mesh
 compared with the nodes: their processes must be as many, and the parts of `tensor` on one node.
+Where `row` or `col` crosses nodes without need, the better mesh is named.
 What is printed is one run: submitted again, it goes on from its last checkpoint."""
 SUBMIT = {
     "slurm": ("sbatch",),

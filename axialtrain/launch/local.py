@@ -20,7 +20,7 @@ import torch
 from torch.distributed import Store, TCPStore
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
-from axialtrain.launch.errors import EXPECTED, again, say
+from axialtrain.launch.errors import EXPECTED, again, number_in, say
 from axialtrain.train.alike import AlikeError
 from axialtrain.train.beats import heard, in_step, watch_store
 from axialtrain.train.signals import AGAIN, TOLD_BY, Interrupted
@@ -41,8 +41,7 @@ KEEP_MEMORY = {
 
 def processes_of_outer_launcher() -> int | None:
     """WORLD_SIZE of torchrun or deepspeed; None where nobody started us as a rank."""
-    world = os.environ.get("WORLD_SIZE")
-    return None if world is None else int(world)
+    return number_in("WORLD_SIZE")
 
 
 def device_type(choice: str, processes: int) -> str:
@@ -92,12 +91,19 @@ def can_fork() -> bool:
 
 
 def start(
-    fn: Callable[..., Any], arguments: tuple[Any, ...], processes: int, *, fork: bool = False
+    fn: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    processes: int,
+    *,
+    fork: bool = False,
+    last: bool = False,
 ) -> int:
     """fn(*arguments) in `processes` new processes, which find each other through our store.
 
     fork: they begin as copies of this one, with all that it has imported, instead of anew. For a
     process that has started no threads and has not touched CUDA, neither of which outlives a fork.
+    last: this process has nothing else to do. Where it was told to end, it ignores what it is told
+    afterwards: the next signal of the same end must not take its exit status from it.
     Returns an exit status: 0; AGAIN where the ranks were told to end and have saved; else the
     failing rank's, 1 where it died or lost another, 128 + signal where a signal ended all of them
     before they could save. The message was printed. When one rank fails, the others are killed.
@@ -138,7 +144,7 @@ def start(
             if process.pid is not None:
                 process.kill()  # only SIGKILL ends a rank that is stopped, or that notes a SIGTERM
                 process.join()
-        forward.close()
+        forward.close(ignore=last)
     if forward.killed:
         return _unsaved(forward, "killed by a second signal after")
     codes = [process.exitcode for process in ranks]
@@ -183,11 +189,10 @@ class _Forward:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, number)
 
-    def close(self) -> None:
-        """Restore the handlers that were there before. One that was told to end ignores what comes
-        now: the next signal of the same end must not take its exit status from it."""
+    def close(self, *, ignore: bool) -> None:
+        """Restore the handlers that were there before. ignore: what comes now, if one has come."""
         for number, handler in self._before.items():
-            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if ignore and self.received else handler)
         signal.set_wakeup_fd(self._woken_before)
         os.close(self.woken)
         os.close(self._wake)

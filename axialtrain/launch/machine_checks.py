@@ -51,14 +51,14 @@ def check_versions(found: Found) -> None:
     """Those that are installed against those that the package asks for."""
     there = versions()
     found.fact(", ".join(f"{name} {version}" for name, version in there.items()))
-    for name in ("torch", "deepspeed", "fairscale"):
-        if there[name] == "missing":
-            found.trouble(
-                f"{name} is not installed",
-                "install axialtrain into this environment (launch/install.sh, or pip)",
-            )
-    if there["axialtrain"] == "missing":
-        return  # a checkout on the path, which asks for nothing
+    if there["axialtrain"] == "missing":  # a checkout on the path, which asks for nothing
+        for name in ("deepspeed", "fairscale"):
+            if there[name] == "missing":
+                found.trouble(
+                    f"{name} is not installed",
+                    "install axialtrain into this environment (launch/install.sh, or pip)",
+                )
+        return
     for text in metadata.requires("axialtrain") or ():
         asked = Requirement(text)
         if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
@@ -66,8 +66,7 @@ def check_versions(found: Found) -> None:
         try:
             version = metadata.version(asked.name)
         except metadata.PackageNotFoundError:
-            if asked.name not in there:
-                found.trouble(f"{asked.name} is not installed", f"pip install '{asked}'")
+            found.trouble(f"{asked.name} is not installed", f"pip install '{asked}'")
             continue
         if not asked.specifier.contains(version, prereleases=True):
             found.trouble(

@@ -75,7 +75,12 @@ class Answering:
     """A port of this rank at which it says who it is and what its clock says."""
 
     def __init__(self, rank: int) -> None:
-        self._socket = socket.create_server(("", 0), backlog=256)
+        if socket.has_dualstack_ipv6():
+            self._socket = socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=256
+            )
+        else:
+            self._socket = socket.create_server(("", 0), backlog=256)
         self.port = int(self._socket.getsockname()[1])
         self._name = rank
         threading.Thread(target=self._accept, name="doctor-answers", daemon=True).start()

@@ -26,10 +26,11 @@ def meet(backend: str, timeout: timedelta) -> tuple[Store, int, int]:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     except RuntimeError as error:  # torch's DistError among them; gloo's have no class
         host = socket.gethostname()
+        alone = os.environ.get("MASTER_ADDR") in ("127.0.0.1", "::1", "localhost")
         said = " ".join(str(error).split())[:200]
         raise ConnectionError(
             f"launcher.timeout={timeout.total_seconds():g}: the ranks that meet at {at} could not "
-            f"all connect, as {host} sees it: {said}{own_name_is_local(host)}"
+            f"all connect, as {host} sees it: {said}{'' if alone else own_name_is_local(host)}"
         ) from error
     return store, rank, world
 

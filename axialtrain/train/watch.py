@@ -266,7 +266,7 @@ class Watch:
     def _store_is_deaf(self) -> bool:
         """Whether the launcher's store, on another host, answers nothing; a connection that is
         broken ends the launcher's part of this host by itself."""
-        return _launcher_holds_store() and self._broken == NO_ANSWER
+        return _launcher_holds_store() and self._broken == NO_ANSWER and not _store_is_here()
 
     def _exit(self, sentence: str | None) -> None:
         if sentence is not None:
@@ -310,6 +310,18 @@ def end_agent() -> None:
         command = Path(f"/proc/{agent}/cmdline").read_bytes()
         if b"torch.distributed.run" in command or b"torchrun" in command:
             os.kill(agent, signal.SIGKILL)
+
+
+def _store_is_here() -> bool:
+    """Whether MASTER_ADDR is an address of this host: only such can be bound."""
+    with suppress(OSError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            os.environ.get("MASTER_ADDR", ""), 0, type=socket.SOCK_STREAM
+        ):
+            with suppress(OSError), socket.socket(family, kind, protocol) as tried:
+                tried.bind(place)
+                return True
+    return False
 
 
 def _launcher_holds_store() -> bool:

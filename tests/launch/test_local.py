@@ -11,20 +11,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.watch_ranks import small_run
 
+from axialtrain.launch.errors import speaks
 from axialtrain.launch.local import (
     can_fork,  # noqa: F401 - for the code in `launched`
     processes_of_outer_launcher,
     start,
     threads_each,
 )
-from axialtrain.train.signals import AGAIN, TOLD_BY
+from axialtrain.train.signals import AGAIN
 
 pytestmark = pytest.mark.slow
 
@@ -106,7 +106,7 @@ def launched(call: str, *, ready: str, count: int, fork: bool = True) -> subproc
     """start(`call`) in a process group of its own, once `count` lines `ready` were printed."""
     code = (
         "from launch.test_local import *; print('up', flush=True); "
-        f"sys.exit(start({call}, fork={fork} and can_fork()))"
+        f"sys.exit(start({call}, fork={fork} and can_fork(), last=True))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -206,15 +206,6 @@ def test_a_signal_while_ranks_begin_means_start_me_again(fork):
     assert "interrupted by SIGTERM: nothing was saved now" in errors
 
 
-@pytest.fixture
-def own_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in TOLD_BY}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("own_handlers")
 def test_a_signal_that_another_thread_gets_is_handed_on():
     def told() -> None:
         while len(multiprocessing.active_children()) < 2:
@@ -269,3 +260,23 @@ def test_who_started_us(monkeypatch):
     assert processes_of_outer_launcher() is None
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert processes_of_outer_launcher() == 4
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    with pytest.raises(ValueError, match="WORLD_SIZE='four': allowed is a whole number"):
+        processes_of_outer_launcher()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "3"}, True),  # left over from somewhere: there are no others
+        ({"RANK": "0", "WORLD_SIZE": "4"}, True),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, False),
+    ],
+)
+def test_who_says_what_all_ranks_found(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert speaks() == expected

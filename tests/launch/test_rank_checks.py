@@ -81,6 +81,28 @@ def test_a_slow_network_is_no_wrong_clock() -> None:
     assert not found.troubles
 
 
+def test_clocks_of_several_hosts_that_agree() -> None:
+    found = Found("ranks", "here")
+    tries = {
+        own: [Reached(peer, None, 0.1) for peer in range(3) if peer != own] for own in range(3)
+    }
+    check_clocks(found, ranks_on("a", "b", "c"), tries)
+    assert not found.troubles
+    assert found.facts == ["clocks of hosts are at most 0.000 s apart"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_rank_answers_at_both_kinds_of_address(address: str) -> None:
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    answering = Answering(4)
+    try:
+        (reached,) = reach([4], {4: (address, answering.port)}, 5.0)
+    finally:
+        answering.close()
+    assert reached.error is None
+
+
 def test_a_name_that_stands_for_loopback_gets_its_own_advice() -> None:
     ranks = ranks_on("a", "b")
     ranks[1] = Rank(1, "b", {}, "127.0.1.1", 1)
@@ -156,3 +178,5 @@ def test_alike_facts_and_troubles_are_said_once() -> None:
 def test_secrets_in_errors_are_not_shown() -> None:
     error = OSError("GET https://me:hunter2@store/a?X-Sig=hunter2 and s3://key:hunter2@b/c failed")
     assert shown(error) == "OSError: GET https://store/a and s3://b/c failed"
+    error = OSError("HTTPS://me:hun)ter'2@store/a?X-Sig=hun'ter2, then")
+    assert shown(error) == "OSError: HTTPS://store/a then"

@@ -119,7 +119,8 @@ def test_only_an_agent_that_starts_nothing_again_is_ended(monkeypatch, name, res
         end_agent()  # no torchrun started us
         for key, value in (("RUN_ID", "x"), ("RESTART_COUNT", restarts), ("MAX_RESTARTS", most)):
             monkeypatch.setenv(f"TORCHELASTIC_{key}", str(value))
-        assert parent.poll() is None
+        while name.encode() not in Path(f"/proc/{parent.pid}/cmdline").read_bytes():
+            assert parent.poll() is None  # a moment after it began it has no command line yet
         end_agent()
         try:
             assert parent.wait(5 if ended else 0.3) == -signal.SIGKILL
