@@ -1,17 +1,23 @@
-"""What is installed: a wheel and an sdist, alone in an empty environment, run the quickstart."""
+"""What is installed: a wheel and an sdist run the quickstart where else there is only what they
+depend on."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from killed_runs import metrics
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from repository import REPOSITORY
 
 from axialtrain.launch.scripts import FILES
@@ -100,6 +106,35 @@ def test_a_wheel_has_what_it_needs_and_nothing_else(names, built):
     assert {"pyproject.toml", "README.md", "constraints.txt"} <= files
     stray = [name for name in files if name.startswith(("tests", "docker", ".ci", "docs"))]
     assert stray == []
+
+
+def test_what_is_imported_is_asked_for(names):
+    """By the dependencies, or by an extra that is not for developers. The environments below see
+    all that is installed beside, and would not tell."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [
+        *project["dependencies"],
+        *(w for name in extras if name != "dev" for w in extras[name]),
+    ]
+    declared = {canonicalize_name(Requirement(text).name) for text in asked}
+    owners = packages_distributions()
+    imported = set()
+    for name in names:
+        if name.startswith("axialtrain/") and name.endswith(".py"):
+            for node in ast.walk(ast.parse((REPOSITORY / name).read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                    imported.add(node.module.partition(".")[0])
+    others = imported - sys.stdlib_module_names - {"axialtrain", "_typeshed"}
+    assert {"torch", "yaml", "hydra"} <= others
+    undeclared = [
+        module
+        for module in sorted(others)
+        if declared.isdisjoint(map(canonicalize_name, owners[module]))
+    ]
+    assert undeclared == []
 
 
 def test_a_wheel_in_an_empty_environment_runs_the_quickstart(built, tmp_path):

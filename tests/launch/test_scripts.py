@@ -14,7 +14,9 @@ import yaml
 from repository import REPOSITORY
 from system_tools import program
 
+from axialtrain.launch.launch_command import check_placement
 from axialtrain.launch.scripts import FILES, POD_FAILURES, Launch, filled
+from axialtrain.mesh.mesh import MeshConfig
 
 SHELL = [name for name, file in FILES.items() if not file.endswith(".yaml")]
 PODS = [name for name, file in FILES.items() if file.endswith(".yaml")]
@@ -101,6 +103,20 @@ def test_torchrun_gets_the_arguments_as_they_were_given(nodes, meeting, tmp_path
     assert given[:2] == ["-m", "torch.distributed.run"]
     assert given[-len(HOSTILE) - 2 :] == ["train", *HOSTILE, "more=1"]
     assert {f"--nnodes={nodes}", "--nproc-per-node=4", f"--rdzv-endpoint={meeting}"} < set(given)
+
+
+@pytest.mark.parametrize("launcher", SHELL)
+def test_another_command_takes_the_place_of_train(launcher, tmp_path):
+    for name in ("python3", "torchrun"):
+        report(tmp_path, name)
+    stand_in(tmp_path, "scontrol", "echo node7")
+    stand_in(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift 2; done; exec "$@"')
+    text = filled(launcher, hostile(nodes=1, python=str(tmp_path / "python3")))
+    (given,) = ran(
+        ["bash", "-c", text], tmp_path, COMMAND="doctor",
+        SLURM_JOB_NODELIST="node7", SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0",
+    )  # fmt: skip
+    assert given[given.index("axialtrain.cli") + 1] == "doctor"
 
 
 def test_deepspeed_gets_the_arguments_as_they_were_given(tmp_path):
@@ -198,6 +214,26 @@ def test_a_manifest_is_filled_in(launcher):
     assert policy["backoffLimit"] == 5 * POD_FAILURES
     cpu = documents(launcher, hostile(gpus=False))[-1]
     assert pod_of(cpu)["containers"][0]["resources"] == {"requests": {"cpu": 4}}
+
+
+@pytest.mark.parametrize("launcher", PODS)
+def test_a_manifest_as_it_stands_has_a_mesh_that_needs_no_warning(launcher):
+    document = documents(launcher)[-1]
+    container = pod_of(document)["containers"][0]
+    (mesh,) = (word for word in container["args"] if word.startswith("mesh="))
+    row, col = map(int, mesh.removeprefix("mesh=").split("x"))
+    nodes = document["spec"].get("completions") or document["spec"]["elasticPolicy"]["minReplicas"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert check_placement(MeshConfig(row=row, col=col), nodes, gpus) is None
+
+
+@pytest.mark.parametrize("launcher", PODS)
+def test_a_pod_that_comes_anew_finds_the_store_of_the_others(launcher):
+    """torch 2.13 tells only those of the first round where it is: test_host_faults.py."""
+    container = pod_of(documents(launcher, hostile())[-1])["containers"][0]
+    given = [f"{one['name']}={one['value']}" for one in container.get("env", [])]
+    said = " ".join([*container["command"], *given])
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
 
 
 @pytest.mark.parametrize("launcher", PODS)
