@@ -140,7 +140,8 @@ def assert_tidy(folder: Path) -> None:
     assert len(list((folder / "checkpoints").iterdir())) == 2  # checkpoint.keep_last
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert names - {"flight"} == {
-        "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "prediction.png", "reading.json",
+        "checkpoints", "config.yaml", "loss.png", "mesh.txt", "metrics.jsonl", "prediction.png",
+        "reading.json",
     }  # fmt: skip
 
 

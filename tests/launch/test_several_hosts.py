@@ -44,13 +44,17 @@ def test_torchrun_on_each_of_four(machines, given, one_host, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "runner"),
-    [(TORCHRUN, {}), (DEEPSPEED, {"RUNNER": "pdsh"}), (DEEPSPEED, {"RUNNER": "ssh"})],
+    ("count", "script", "runner"),
+    [
+        (2, TORCHRUN, {}),
+        (4, DEEPSPEED, {"RUNNER": "pdsh"}),
+        (2, DEEPSPEED, {"RUNNER": "ssh"}),
+    ],
     ids=["torchrun", "deepspeed by pdsh", "deepspeed by ssh"],
 )
-def test_two_of_a_hostfile(machines, given, one_host, tmp_path, script, runner):
-    """Started on the first of them, over a real sshd; the rows of the mesh cross hosts."""
-    folder, two = tmp_path / "two", machines[:2]
-    with by_hostfile(script, two, folder, *given, "mesh=2x2", slots=2, **runner) as run:
+def test_those_of_a_hostfile(machines, given, one_host, tmp_path, count, script, runner):
+    """Started on the first of them, over a real sshd; the mesh crosses hosts."""
+    folder, some = tmp_path / "some", machines[:count]
+    with by_hostfile(script, some, folder, *given, "mesh=2x2", slots=4 // count, **runner) as run:
         finished([run])
     assert_bit_equal(folder, one_host)
