@@ -86,8 +86,8 @@ class Slurm:
             time.sleep(0.05)
 
     def begin_now(self, job: int) -> None:
-        """Slurm lets a requeued job wait for two minutes, in case that a node is ill. A node refuses
-        it in the second in which it was told that the job has ended ("credential revoked")."""
+        """Slurm lets a requeued job wait for two minutes, in case that a node is ill. A node also
+        refuses it in the second in which the job has ended there ("credential revoked")."""
         self.until(lambda: self.state(job) == "PENDING", f"job {job} is in the queue again")
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
