@@ -16,7 +16,7 @@ main=(--module --no_local_rank axialtrain.cli "${COMMAND:-train}") # it adds --l
 [ -n "${HOSTFILE:-}" ] || exec "${run[@]}" --hostfile=/dev/null "--num_accelerators=${PROCESSES:--1}" "${main[@]}" "$@"
 ! grep -nvE '^\s*(#|$)|^[^#"[:space:]]+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
 mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$HOSTFILE")
-first=${hosts[0]% *} ours='(NCCL|GLOO|FI|UCX)_.*|MASTER_(ADDR|PORT)|PYTHONPATH|OMP_NUM_THREADS|DS_ACCELERATOR|WANDB_MODE'
+[ ${#hosts[@]} != 0 ] || { echo "HOSTFILE=$HOSTFILE names no host" >&2; exit 2; }; first=${hosts[0]% *} ours='(NCCL|GLOO|FI|UCX)_.*|MASTER_(ADDR|PORT)|PYTHONPATH|OMP_NUM_THREADS|DS_ACCELERATOR|WANDB_MODE'
 export MASTER_ADDR=${MASTER_ADDR:-${first#*@}} MASTER_PORT
 mapfile -t names < <(compgen -e | grep -xE "$ours${FORWARD:+|${FORWARD// /|}}")
 if [ "${RUNNER:=pdsh}" = ssh ]; then # deepspeed's own part of a host, started by us

@@ -29,7 +29,7 @@ if [ -z "${HOSTFILE:-}" ]; then
 fi
 ! grep -nvE '^\s*(#|$)|^[^#[:space:]]+\s+slots=[1-9][0-9]*\s*$' "$HOSTFILE" >&2 || exit 2 # no such lines
 mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$HOSTFILE")
-first=${hosts[0]% *}
+[ ${#hosts[@]} != 0 ] || { echo "HOSTFILE=$HOSTFILE names no host" >&2; exit 2; }; first=${hosts[0]% *}
 : "${NODES:=${#hosts[@]}}" "${RENDEZVOUS:=${first#*@}}" "${RUN_ID:=axialtrain-$(date +%s)-$$}"
 # A host's standard input is its lifeline: torchrun gets SIGTERM when it ends, because this script
 # was told to end or was killed, or because the connection is lost.

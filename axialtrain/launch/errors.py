@@ -33,7 +33,8 @@ def own_rank() -> int:
 
 def speaks() -> bool:
     """Whether this process says what all ranks have found alike: rank 0 does, or who is no rank."""
-    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0").strip("0") == ""
+    rank = os.environ.get("RANK", "0")
+    return "WORLD_SIZE" not in os.environ or not rank.isdecimal() or int(rank) == 0
 
 
 def number_in(name: str) -> int | None:

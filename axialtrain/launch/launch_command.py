@@ -60,6 +60,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch(parsed: argparse.Namespace) -> int:
     """Do what the command's arguments say; returns the exit status."""
+    if parsed.out is not None and not parsed.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {parsed.out}: allowed is a file in a folder that is there")
     taker = SUBMIT.get(parsed.launcher, ("bash",))
     if parsed.submit and shutil.which(taker[0]) is None:
         raise ValueError(f"--submit needs {taker[0]}, which is not here: print it or use --out")
@@ -84,7 +86,8 @@ def launch(parsed: argparse.Namespace) -> int:
 
     with replacing(parsed.out) as file:
         file.write(text.encode())
-        os.fchmod(file.fileno(), 0o644 if text.startswith("# ") else 0o755)
+        # For its owner alone: a URL among the overrides may hold a password.
+        os.fchmod(file.fileno(), 0o600 if text.startswith("# ") else 0o700)
     print(f"written: {parsed.out}")
     return 0
 
@@ -169,6 +172,8 @@ def check_placement(mesh: MeshConfig, nodes: int, processes: int) -> str | None:
 
 def check_hostfile(path: Path, nodes: int, processes: int) -> None:
     """Raise ValueError where the hostfile has other hosts than `nodes` with `processes` each."""
+    if not path.is_file():
+        raise ValueError(f"--hostfile {path} is not there: allowed is a file of HOST slots=N lines")
     hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):

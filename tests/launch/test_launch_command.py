@@ -44,6 +44,20 @@ def test_what_is_allowed_instead_is_taken():
     assert check_placement(MeshConfig(data=64, row=2, col=4), 64, 8) is None
 
 
+def test_files_and_folders_that_are_missing_are_named(tmp_path, capsys):
+    assert launch("--hostfile", str(tmp_path / "nope"), "mesh=2x2") == 2
+    assert f"--hostfile {tmp_path}/nope is not there: allowed is" in capsys.readouterr().err
+    assert launch("--out", str(tmp_path / "nope" / "file"), "mesh=2x2") == 2
+    assert f"--out {tmp_path}/nope/file: allowed is a file in a" in capsys.readouterr().err
+
+
+def test_what_is_written_is_for_its_owner_alone(tmp_path):
+    """A URL among the overrides may hold a password."""
+    for launcher, mode in (("torchrun", 0o700), ("kubernetes", 0o600)):
+        assert launch("--out", str(tmp_path / launcher), "mesh=2x2", launcher=launcher) == 0
+        assert (tmp_path / launcher).stat().st_mode & 0o777 == mode
+
+
 def test_columns_across_nodes_are_warned_of():
     warning = check_placement(MeshConfig(row=1, col=4), 2, 2)
     assert warning is not None

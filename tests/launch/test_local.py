@@ -272,6 +272,7 @@ def test_who_started_us(monkeypatch):
         ({"RANK": "3"}, True),  # left over from somewhere: there are no others
         ({"RANK": "0", "WORLD_SIZE": "4"}, True),
         ({"RANK": "3", "WORLD_SIZE": "4"}, False),
+        ({"RANK": "three", "WORLD_SIZE": "4"}, True),  # which is what is said
     ],
 )
 def test_who_says_what_all_ranks_found(monkeypatch, environment, expected):

@@ -203,6 +203,19 @@ def test_a_hostfile_with_other_lines_is_refused(script, folder):
     assert "2:node1:2" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_hostfile_without_a_host_is_refused(script, folder):
+    hostfile = folder.parent / "hosts"
+    for change in (hostfile.unlink, lambda: hostfile.write_text("# none\n")):
+        change()
+        done = subprocess.run(
+            [str(REPOSITORY / "launch" / script)], cwd=folder, env=environment(folder),
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.endswith("names no host\n")
+
+
 def test_deepspeed_refuses_what_a_shell_would_change(folder):
     done = subprocess.run(
         [str(REPOSITORY / "launch" / "deepspeed.sh")], cwd=folder,
