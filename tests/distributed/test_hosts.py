@@ -89,7 +89,8 @@ def test_a_slow_line_delays_and_loses(pair):
     with b.slow(delay=0.0, loss=0.1, seed=1) as counts:
         assert ask(a, "host1", timeout=10, questions=30)[1] == "host1"  # TCP sends it again
     assert 0 < counts["lost"] < counts["forwarded"]
-    assert ask(a, "host1", questions=5)[2] < 0.1
+    # Delayed they take 0.2 s. The machine may be busy with something else once, not five times.
+    assert min(ask(a, "host1", questions=5)[2] for _ in range(5)) < 0.1
 
 
 def test_nothing_of_them_is_left(tmp_path):

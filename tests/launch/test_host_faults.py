@@ -14,6 +14,7 @@ from killed_runs import assert_bit_equal, finish, losses, saved_step
 
 STEPS = 24
 TIMEOUT = 12.0  # s, launcher.timeout: of a collective, and of a rank's silence
+BEATS = 2.5  # s, in which a rank tells where it stands, once at least, however busy the machine is
 # A host that is silent for 3 s is no longer waited for, nor, at 1:2 hosts, one that might yet come.
 SOON = "join_timeout=100,keep_alive_interval=1,last_call_timeout=2"
 
@@ -44,6 +45,7 @@ def test_a_cut_cable_ends_the_run_on_both_hosts(pair, given, tmp_path):
     arguments = [*given, "mesh=1x2", "train.steps=100000", f"launcher.timeout={TIMEOUT}"]
     with torchrun(pair, folder, *arguments) as runs:
         until(runs, lambda: runs[0].steps() >= 5, "step 5")
+        time.sleep(BEATS)  # five steps fit between two of them
         pair[1].cut()
         cut = time.monotonic()
         for run in runs:
