@@ -8,8 +8,8 @@ the shards apart without our directory of blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import google_crc32c
@@ -104,9 +104,12 @@ class Block:
         """The raster in the member `name`, decoded once. (functools.cached_property has one lock
         for all blocks before Python 3.12: threads would decode one after the other.)"""
         if name not in self._rasters:
-            with self._member(name) as data:
-                self._rasters[name] = decoded(data)
+            self._rasters[name] = self._decoded(name, decoded)
         return self._rasters[name]
+
+    def area(self, rect: Rect) -> int:
+        """Pixels that the block's tiles and `rect` have in common, those under a mask included."""
+        return sum(part.area for _, _, part in self.tiles(rect))
 
     def paint_pixels(
         self,
@@ -117,27 +120,30 @@ class Block:
     ) -> int:
         """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were.
 
-        Both are zeros. What a mask leaves out stays so. damaged: where tiles that cannot be decoded
-        are noted, which stay missing; None: they are raised.
+        All of both is set where there is a tile, to 0 where a mask leaves something out. damaged:
+        where tiles that cannot be decoded are noted, which count as missing; None: they are raised.
         """
         count = 0
         decoded: Raster | None = None  # whose memory the next one takes: it is in the cache
         for tile, whole, part in self.tiles(rect):
+            here = part.slices(rect)
             try:
-                with self._member(tile.member) as data:
-                    decoded = decode_tile(data, self.head, decoded)
+                decoder = partial(decode_tile, head=self.head, out=decoded)
+                decoded = self._decoded(tile.member, decoder)
                 there = self._present(part)
             except ValueError as error:
                 if damaged is None:
                     raise
                 name = self.head.name
                 damaged.append(Damage(name, "tile", tile.row, tile.col, 1, str(error)))
+                pixels[here], present[here] = 0, False
                 continue
-            here, found = part.slices(rect), decoded[part.slices(whole)]
+            found = decoded[part.slices(whole)]
             present[here] = there
             if isinstance(there, bool):  # a copy under a mask takes ten times as long
                 pixels[here] = found
             else:
+                pixels[here] = 0
                 np.copyto(pixels[here], found, where=there[..., None])
             count += 1
         return count
@@ -181,14 +187,13 @@ class Block:
                 return self._where(name)
         return None
 
-    @contextmanager
-    def _member(self, name: str) -> Iterator[bytes]:
-        """The data of the member `name`; where it proves wrong, the error says where it lies."""
+    def _decoded(self, name: str, decoder: Callable[[bytes], NDArray[Any]]) -> NDArray[Any]:
+        """What the member `name` holds; where it proves wrong, the error says where it lies."""
         if name not in self.members:
             key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
             raise ValueError(f"{self.path}: member {key}.{name} is missing from its block")
         try:
-            yield bytes(self.members[name].data)
+            return decoder(bytes(self.members[name].data))
         except ValueError as error:
             raise ValueError(f"{self._where(name)}: {error}") from error
 
@@ -199,13 +204,14 @@ class Block:
 
 def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
     """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
-    inside = rect.intersect(head.rect)
-    top, bottom = inside.top // head.tile, -(-inside.bottom // head.tile)
-    left, right = inside.left // head.tile, -(-inside.right // head.tile)
+    inside, size = rect.intersect(head.rect), head.tile
+    top, bottom = inside.top // size, -(-inside.bottom // size)
+    left, right = inside.left // size, -(-inside.right // size)
     for tile in index.tiles:
         if not (top <= tile.row < bottom and left <= tile.col < right):
             continue
-        whole = Rect(tile.row, tile.row + 1, tile.col, tile.col + 1).scaled(head.tile)
+        y, x = tile.row * size, tile.col * size
+        whole = Rect(y, y + size, x, x + size)
         yield tile, whole, whole.intersect(inside)
 
 

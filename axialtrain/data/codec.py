@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +24,8 @@ Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
 
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _APP0, _APP14 = 0xE0, 0xEE
-_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what any decoder reads
+_PROGRESSIVE = 0xC2
+_FRAMES = (0xC0, 0xC1, _PROGRESSIVE)  # baseline, extended and this: what any decoder reads
 MAX_SCANS = 100  # of a JPEG; encoders make ten. Each goes over all pixels, and takes 16 bytes.
 _SHORT = 1 << 12  # bytes of a header that is remembered
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -126,34 +128,43 @@ def png_shape(
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int]:
     """(height, width, bands) from the header of a JPEG of 8 bits a band."""
-    scans = data.count(_SCAN)  # at most, and found ten times as fast as with the byte before
-    if scans > MAX_SCANS and (scans := data.count(bytes((0xFF, _SCAN)))) > MAX_SCANS:
-        raise ValueError(f"is a JPEG of {scans} scans, allowed is {MAX_SCANS}")
     # Tiles of an image mostly begin with the same tables: their headers are looked up.
     first = data.find(bytes((0xFF, _SCAN)))
     header = data[: first + 2 + int.from_bytes(data[first + 2 : first + 4])]
+    found = None
     if len(header) <= _SHORT:
-        try:
-            return _known_shape(header)
-        except ValueError:  # that was no scan, but two bytes of something before, or is damaged
-            pass
-    return _frame_shape(data)
+        with suppress(ValueError):  # no scan, but two bytes of something before, or it is damaged
+            found = _known_frame(header)
+    if found is None:
+        found = _frame(data)
+    shape, one_scan = found
+    if not one_scan:
+        scans = data.count(_SCAN)  # at most, and found ten times as fast as with the byte before
+        if scans > MAX_SCANS and (scans := data.count(bytes((0xFF, _SCAN)))) > MAX_SCANS:
+            raise ValueError(f"is a JPEG of {scans} scans, allowed is {MAX_SCANS}")
+    return shape
 
 
-def _frame_shape(data: bytes) -> tuple[int, int, int]:
-    """(height, width, bands) of a JPEG that is whole up to its first scan."""
+def _frame(data: bytes) -> tuple[tuple[int, int, int], bool]:
+    """(height, width, bands) of a JPEG that is whole up to its first scan, and whether that must be
+    its only one: a decoder refuses a second where the first has all bands, each of them whole."""
+    shape, sequential = None, False
     for marker, start, stop in _segments(data):
-        if marker in _FRAMES:
+        if marker in _FRAMES and shape is None:
             if stop - start < 10 or data[start + 4] != 8:
                 raise ValueError("is a JPEG that is not of 8 bits a band")
             height, width = (int.from_bytes(data[i : i + 2]) for i in (start + 5, start + 7))
-            return height, width, data[start + 9]
-        if marker in _OTHER_FRAMES:
+            shape, sequential = (height, width, data[start + 9]), marker != _PROGRESSIVE
+        if marker in _OTHER_FRAMES and shape is None:
             raise ValueError(f"is a JPEG of a kind (0x{marker:02X}) that few decoders read")
-    raise ValueError("is a JPEG without a frame header")
+        if marker == _SCAN and shape is not None:
+            return shape, sequential and stop - start > 4 and data[start + 4] == shape[2]
+    if shape is None:
+        raise ValueError("is a JPEG without a frame header")
+    return shape, False
 
 
-_known_shape = lru_cache(maxsize=64)(_frame_shape)
+_known_frame = lru_cache(maxsize=64)(_frame)
 
 
 def standalone_jpeg(data: bytes, tables: bytes | None, *, rgb: bool) -> bytes:

@@ -382,8 +382,10 @@ def painted(
     damaged: what is left out already, to which what cannot be decoded is added; None: it is raised.
     """
     size = (rect.height, rect.width)
-    pixels = np.zeros((*size, image.bands), image.kind.numpy)
-    present = np.zeros(size, np.bool_)
+    # Where tiles cover all of it, zeros below them would be written for nothing.
+    covered = sum(block.area(rect) for block in blocks) == rect.area
+    pixels = (np.empty if covered else np.zeros)((*size, image.bands), image.kind.numpy)
+    present = (np.empty if covered else np.zeros)(size, np.bool_)
     labels = instances = None
     if rasters and image.classes is not None:
         labels = np.full(size, UNLABELLED, np.uint8)

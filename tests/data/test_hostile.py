@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from axialtrain.data.codec import MAX_SCANS, decode, encode_jpeg, encode_png
+from axialtrain.data.codec import MAX_SCANS, decode, encode_jpeg, encode_png, jpeg_shape
 from axialtrain.data.readers import open_image
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
@@ -312,6 +313,28 @@ def test_jpeg_of_endless_scans() -> None:
     scan = data[data.rindex(b"\xff\xda") : -2]
     with pytest.raises(ValueError, match=f"scans, allowed is {MAX_SCANS}"):
         decode(data[:-2] + scan * MAX_SCANS + data[-2:], (16, 16, 3))
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_sequential_jpeg_has_one_scan(bands: int) -> None:
+    """Scans of it are not counted, for the decoder refuses a second by itself, before it is read:
+    as many as are here would take seconds."""
+    side, times = 512, 2_000
+    data = encode_jpeg(np.zeros((side, side, bands), np.uint8), 90)
+    shape = jpeg_shape(data)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    several = data[:-2] + scan * times + data[-2:]
+    assert jpeg_shape(several) == shape == (side, side, bands)
+    started = time.process_time()
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode(several, shape)
+    assert time.process_time() - started < 1.0
+    # Of one that has only its first band in its first scan they are.
+    at = several.index(b"\xff\xda")
+    partly = several[:at] + several[at : at + 4] + b"\x01" + several[at + 5 :]
+    if bands == 3:
+        with pytest.raises(ValueError, match="scans, allowed"):
+            jpeg_shape(partly)
 
 
 BOMBS = """
