@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from axialtrain.train.meet import address_of
+
 PINGS = 3
 THREADS = 32
 MOST_SKEW = 2.0  # s; logs cannot be put side by side, and locks and certificates are misjudged
@@ -37,18 +39,11 @@ def own_address() -> str:
     """
     named = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if named:
-        return _address_of(named)
-    with suppress(OSError):
-        for family, kind, protocol, _, place in socket.getaddrinfo(
-            socket.gethostname(), 0, type=socket.SOCK_STREAM
-        ):
-            with suppress(OSError), socket.socket(family, kind, protocol) as tried:
-                tried.bind(place)
-                return str(place[0])
-    return "127.0.0.1"  # as gloo does
+        return _address_on(named)
+    return address_of(socket.gethostname()) or "127.0.0.1"  # as gloo does
 
 
-def _address_of(interface: str) -> str:
+def _address_on(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         request = struct.pack("256s", interface.encode()[:15])
         try:

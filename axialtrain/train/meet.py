@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -39,18 +40,27 @@ def own_name_is_local(host: str) -> str:
     """What to do where gloo tells other hosts a loopback address of this one, as it does where
     the host's own name stands for one (Debian's 127.0.1.1) or for nothing; "" where all is well.
 
-    gloo takes the first address of the host's name, or the interface GLOO_SOCKET_IFNAME.
+    gloo takes an address of the host's name, or the interface GLOO_SOCKET_IFNAME.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return ""
-    try:
-        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        address = "no address"
-    if address != "no address" and not ipaddress.ip_address(address.split("%")[0]).is_loopback:
+    address = address_of(host)
+    if address is not None and not ipaddress.ip_address(address.split("%")[0]).is_loopback:
         return ""
     return (
-        f". Here the name {host} stands for {address}, where no other host finds it: set "
-        "GLOO_SOCKET_IFNAME to the interface by which the hosts reach each other (`ip address` "
-        "lists them), or mend /etc/hosts"
+        f". Here the name {host} stands for {address or 'no address'}, where no other host finds "
+        "it: set GLOO_SOCKET_IFNAME to the interface by which the hosts reach each other "
+        "(`ip address` lists them), or mend /etc/hosts"
     )
+
+
+def address_of(host: str) -> str | None:
+    """The address of this host's name that gloo would tell others: the first that can be bound."""
+    with suppress(OSError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM
+        ):
+            with suppress(OSError), socket.socket(family, kind, protocol) as tried:
+                tried.bind(place)
+                return str(place[0])
+    return None

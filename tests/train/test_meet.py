@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distributed.hosts import Host, hosts
 
-from axialtrain.train.meet import own_name_is_local
+from axialtrain.train.meet import address_of, own_name_is_local
 
 TIMEOUT = 5.0  # s, in which the ranks must find each other
 SUM = """
@@ -36,17 +36,28 @@ dist.destroy_process_group()
     [("192.0.2.7", ""), ("127.0.1.1", "stands for 127.0.1.1"), (None, "stands for no address")],
 )
 def test_what_a_name_stands_for(monkeypatch, stands_for, told):
-    def lookup(host, port, **_):
-        if stands_for is None:
-            raise socket.gaierror("Name or service not known")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (stands_for, 0))]
-
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr("axialtrain.train.meet.address_of", {"here": stands_for}.__getitem__)
     assert told in own_name_is_local("here")
     assert bool(told) == bool(own_name_is_local("here"))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert own_name_is_local("here") == ""
+
+
+def test_the_address_of_a_name_is_one_of_this_host(monkeypatch):
+    found = ["192.0.2.7", "127.0.1.1"]  # the first is of no host at all
+
+    def lookup(host, port, **_):
+        if not found:
+            raise socket.gaierror("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    assert address_of("here") == "127.0.1.1"
+    found.pop()
+    assert address_of("here") is None
+    found.clear()
+    assert address_of("here") is None
 
 
 @pytest.mark.slow
