@@ -50,9 +50,11 @@ def attend(
     learned = None if bias is None else _bias(bias, offset, k.shape[dim])
     if dim == 1:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        key_mask, query_mask = (
-            None if mask is None else mask.transpose(1, 2) for mask in (key_mask, query_mask)
-        )
+        same = query_mask is key_mask
+        key_mask = None if key_mask is None else key_mask.transpose(1, 2)
+        if not same and query_mask is not None:
+            query_mask = query_mask.transpose(1, 2)
+        query_mask = key_mask if same else query_mask  # one object, so that it is counted once
     out = attend_lines(
         q,
         k,

@@ -172,7 +172,7 @@ class _Walk:
         shape = (q.shape[0], q.shape[1], k.shape[1])
         size = shape[0] * shape[1] * shape[2]
         logits, weights = (buffer[:size].view(shape) for buffer in self.buffers)
-        logits.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.scale)
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
         by_line = logits.unflatten(0, (-1, self.heads))
         if self.of is not None:
             bias = self.bias if self.whole else self.of(self.tables, start, stop)

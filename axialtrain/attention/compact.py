@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BUCKETS = 16  # of different lengths, at most: a line is padded by a 16th of its length, at most
+BUCKETS = 16  # of different lengths, at most: a line is padded by a 16th of its length, at most,
+STEP = 16  # or by so many tokens where that is more: short lines are cheaper than many calls
 WORTH = 0.7  # share of the pairs of tokens up to which compacting costs less than it saves
 
 # q, k, v: [1, X, L, N, K], mask: bool [1, X, L] or None -> [1, X, Lq, N, K]
@@ -54,28 +55,27 @@ def plan(key_mask: Tensor, query_mask: Tensor, *, across: bool, alone: bool) -> 
     key_mask, query_mask: bool [B, X, L] and [B, X, Lq]. across: whether [B, L, X] is the order in
     memory. alone: whether a line has no other keys than these, so that without any it is left out.
     """
-    counts, asked = key_mask.sum(2).flatten(), query_mask.sum(2).flatten()
+    counts = key_mask.sum(2).flatten()
+    asked = counts if query_mask is key_mask else query_mask.sum(2).flatten()
     pairs = counts.numel() * key_mask.shape[2] * query_mask.shape[2]
     if int((counts * asked).sum()) > WORTH * pairs:
         return None
     used = asked > 0
     if alone:
         used &= counts > 0
-    step = -(-key_mask.shape[2] // BUCKETS)
+    step = max(STEP, -(-key_mask.shape[2] // BUCKETS))
     bucket = torch.where(used, (counts + step - 1) // step, -1)
     lines = [(bucket == one).nonzero()[:, 0] for one in sorted(set(bucket.tolist()) - {-1})]
-    sides = (
-        _side(mask.flatten(0, 1) & used[:, None], number, lines, mask.shape, across)
-        for mask, number in ((query_mask, asked), (key_mask, counts))
-    )
-    return Plan(lines, *sides, counts)
+    keys = _side(key_mask, used, counts, lines, across)
+    same = query_mask is key_mask
+    queries = keys if same else _side(query_mask, used, asked, lines, across)
+    return Plan(lines, queries, keys, counts)
 
 
-def _side(
-    mask: Tensor, counts: Tensor, lines: list[Tensor], shape: torch.Size, across: bool
-) -> Side:
-    images, number, length = shape
+def _side(mask: Tensor, used: Tensor, counts: Tensor, lines: list[Tensor], across: bool) -> Side:
+    images, number, length = mask.shape
     device, total = mask.device, mask.numel()
+    mask = mask.flatten(0, 1) & used[:, None]
     tokens = torch.arange(total, device=device)
     if across:
         tokens = tokens.view(images, length, number).transpose(1, 2)
@@ -159,10 +159,16 @@ class _Pick(torch.autograd.Function):
         ctx: Any, x: Tensor, index: Tensor, holes: Tensor, back: Tensor, back_holes: Tensor
     ) -> Tensor:
         ctx.save_for_backward(back, back_holes)
-        return x.index_select(0, index).index_fill_(0, holes, 0.0)
+        return _picked(x, index, holes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         back, holes = ctx.saved_tensors
-        return grad.index_select(0, back).index_fill_(0, holes, 0.0), None, None, None, None
+        return _picked(grad, back, holes), None, None, None, None
+
+
+def _picked(x: Tensor, index: Tensor, holes: Tensor) -> Tensor:
+    if not len(x):  # no line has a key, but for those of a prefix
+        return x.new_zeros(len(index), *x.shape[1:])
+    return x.index_select(0, index).index_fill_(0, holes, 0.0)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# auto: by the table below. fused: torch's scaled_dot_product_attention, whose backends
-# torch.nn.attention.sdpa_kernel restricts. chunks: axialtrain/attention/chunked.py.
-KERNELS = ("auto", "fused", "chunks")
+from axialtrain.attention.config import KERNELS
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class AxialAttention(nn.Module):
         self.passes = tuple(passes)
         self.positions = config.positions
         self.window = config.window
+        self.kernel = config.kernel
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.exchange = Exchange(heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
@@ -143,6 +144,7 @@ class AxialAttention(nn.Module):
             bias=bias,
             offset=offset,
             prefix=prefix,
+            kernel=self.kernel,
         )
         return self.exchange.collect_heads(out, place, dim) if kind == "heads" else out
 
