@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 BUCKETS = 16  # of different lengths, at most: a line is padded by a 16th of its length, at most,
 STEP = 16  # or by so many tokens where that is more: short lines are cheaper than many calls
+LEAST = 128  # tokens of lines of which all ask: of shorter ones, more time is lost than won
 WORTH = 0.7  # share of the pairs of tokens up to which compacting costs less than it saves
 
 # q, k, v: [1, X, L, N, K], mask: bool [1, X, L] or None -> [1, X, Lq, N, K]

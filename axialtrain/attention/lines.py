@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axialtrain.attention.chunked import CPU_CHUNK, Bias, attend_in_chunks
-from axialtrain.attention.compact import attend_compacted, plan
+from axialtrain.attention.compact import LEAST, attend_compacted, plan
 from axialtrain.attention.kernels import kernel_for, lines_at_a_time
 
 CHUNK = 2**22  # logits that exist at a time in chunks, at most: 16 MB in fp32
@@ -50,9 +50,10 @@ def attend_lines(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernel = kernel_for(q, k, kernel)
     if mask is not None and bias is None and not torch.compiler.is_compiling():
-        asking = torch.ones_like(q[..., 0, 0], dtype=torch.bool)
-        asking = asking if query_mask is None else query_mask
-        compact = plan(mask, asking, across=across, alone=prefix is None)
+        compact = None
+        if query_mask is not None or k.shape[2] >= LEAST:
+            asking = mask.new_ones(q.shape[:3]) if query_mask is None else query_mask
+            compact = plan(mask, asking, across=across, alone=prefix is None)
         if compact is not None:
             if not compact.lines:
                 return nothing(q, k, v, *(prefix or ()))
