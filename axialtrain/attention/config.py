@@ -43,6 +43,7 @@ class Pass(enum.Enum):
 
 FUSIONS = ("sequential", "sum")
 POSITIONS = ("rope", "relative", "axial", "none")
+KERNELS = ("auto", "fused", "chunks")
 
 
 @dataclass
@@ -65,6 +66,9 @@ class AxialConfig:
         take the outermost. null: the extents of the model's grid, which no image may exceed then.
     skip_axis: chance of leaving out one pass of a layer of several, while training. What runs is
         scaled so that its expectation is that of evaluation.
+    kernel: what row and column passes without a learned bias are computed by: "fused" (torch's
+        scaled_dot_product_attention), "chunks" (batched matrix products, some lines at a time) or
+        "auto", the one that was measured to be faster. Numbers differ by rounding alone.
 
     Raises ValueError naming the value and what is allowed.
     """
@@ -76,6 +80,7 @@ class AxialConfig:
     window: int = 8
     span: int | None = None
     skip_axis: float = 0.0
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         allowed = [one.value for one in Pass]
@@ -95,7 +100,11 @@ class AxialConfig:
                         f"axial_config.pattern: unknown pass {name!r} in {layer!r}: "
                         f"allowed are {allowed}, joined by '+'"
                     )
-        for key, choices in (("fusion", FUSIONS), ("positions", POSITIONS)):
+        for key, choices in (
+            ("fusion", FUSIONS),
+            ("positions", POSITIONS),
+            ("kernel", KERNELS),
+        ):
             if getattr(self, key) not in choices:
                 raise ValueError(
                     f"axial_config.{key}={getattr(self, key)!r}: allowed are {list(choices)}"

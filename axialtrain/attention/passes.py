@@ -48,6 +48,7 @@ class AxialAttention(nn.Module):
         self.passes = tuple(passes)
         self.positions = config.positions
         self.window = config.window
+        self.kernel = config.kernel
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.exchange = Exchange(heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
@@ -130,7 +131,21 @@ class AxialAttention(nn.Module):
             k, v = self._fetched(
                 k, v, place, lambda own: _stretched(own, place, dim), rows=dim == 1, cols=dim == 2
             )
-        out = attend(q, k, v, dim, key_mask=mask, bias=bias, offset=offset, prefix=prefix)
+        asking = (
+            mask if kind != "gather" or valid is None else valid[:, *place.rect.slices(place.grid)]
+        )
+        out = attend(
+            q,
+            k,
+            v,
+            dim,
+            key_mask=mask,
+            query_mask=asking,
+            bias=bias,
+            offset=offset,
+            prefix=prefix,
+            kernel=self.kernel,
+        )
         return self.exchange.collect_heads(out, place, dim) if kind == "heads" else out
 
     def _windows(

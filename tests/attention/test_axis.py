@@ -70,21 +70,25 @@ def test_a_line_without_keys_gives_zeros_and_zero_gradients(dim):
         assert not x.grad[mine].any()
 
 
+@pytest.mark.parametrize("worth", [0.0, 1.0], ids=["masked in place", "compacted"])
 @pytest.mark.parametrize("dim", DIMS)
-def test_no_kernel_is_given_a_line_without_keys(monkeypatch, dim):
+def test_no_kernel_is_given_a_line_without_keys(monkeypatch, dim, worth):
     """What a softmax over nothing gives is up to the kernel: NaN or zero, here and in backward."""
+    monkeypatch.setattr("axialtrain.attention.compact.WORTH", worth)
+    monkeypatch.setattr("axialtrain.attention.lines.LEAST", 0)
     mask = some_keys()
     mask[0, 1] = mask[1, :, 2] = False
     seen = []
     sdpa = F.scaled_dot_product_attention
 
-    def spy(*args, attn_mask, **options):
-        seen.append(attn_mask)
-        return sdpa(*args, attn_mask=attn_mask, **options)
+    def spy(q, k, v, *, attn_mask, **options):
+        seen.append(torch.ones(k.shape[-2], dtype=torch.bool) if attn_mask is None else attn_mask)
+        return sdpa(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     attend(*tokens(), dim, key_mask=mask)
-    assert seen[0].any(-1).all()
+    assert seen
+    assert all(one.any(-1).all() for one in seen)
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from axialtrain.attention.config import FUSIONS, POSITIONS, AxialConfig, Pass
+from axialtrain.attention.config import FUSIONS, KERNELS, POSITIONS, AxialConfig, Pass
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Layout, Place
 
@@ -70,6 +70,7 @@ REFUSED = [
     ("positions", "sinus", list(POSITIONS)),
     ("positions", None, list(POSITIONS)),
     ("fusion", "mean", list(FUSIONS)),
+    ("kernel", "flash", list(KERNELS)),
     ("fusion", ["sum"], list(FUSIONS)),
     ("share_projections", "yes", "true, false"),
     ("share_projections", 1, "true, false"),

@@ -1,0 +1,200 @@
+"""Attention in chunks, and fused calls cut by kernels' limits: the same as whole, and no copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formulas import assert_agree, formula, line, line_bias, some, tokens, triple
+from peak import Peak
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from axialtrain.attention.axis import attend
+from axialtrain.attention.kernels import LIMITS, Limits, kernel_for, lines_at_a_time
+
+SHAPE = (2, 3, 5, 2, 4)  # B, H, W, N, K
+DIMS = pytest.mark.parametrize("dim", [2, 1], ids=["rows", "columns"])
+CHUNK = "axialtrain.attention.lines.CHUNK"
+WORTH = "axialtrain.attention.compact.WORTH"  # 0: masks never compact lines
+
+
+def prefix_of(shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
+    return tokens(shape[0], 3, *shape[3:], seed=7), tokens(shape[0], 3, *shape[3:], seed=8)
+
+
+@pytest.mark.parametrize("chunk", [1, 35, 170, 2**22], ids=["a query", "queries", "lines", "all"])
+@DIMS
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("with_prefix", [False, True], ids=["no prefix", "prefix"])
+def test_chunks_are_the_formula_and_its_gradients(monkeypatch, with_prefix, masked, dim, chunk):
+    monkeypatch.setattr(CHUNK, chunk)
+    monkeypatch.setattr(WORTH, 0.0)
+    q, k, v = triple(*SHAPE)
+    mask = some(*SHAPE[:3]) if masked else None
+    prefix = prefix_of() if with_prefix else None
+    part = q.narrow(dim, 1, 2)  # queries that are a part of the line
+    got = attend(part, k, v, dim, key_mask=mask, prefix=prefix, scale=0.3, kernel="chunks")
+    at = (0, 1) if dim == 2 else (1, 0)
+    want = formula(part, k, v, line(dim), at=at, mask=mask, prefix=prefix, scale=0.3)
+    assert_agree(got, want, q, k, v, *(prefix or ()))
+
+
+@DIMS
+@pytest.mark.parametrize("chunk", [1, 2**22], ids=["a query", "all"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_gradcheck(monkeypatch, biased, chunk, dim):
+    monkeypatch.setattr(CHUNK, chunk)
+    q, k, v = triple(1, 2, 3, 2, 2)
+    table = tokens(2, 3, seed=5)  # shorter than a line
+    mask = torch.tensor([[[True, False, True], [False, False, False]]])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = table if biased else None
+        return attend(q, k, v, dim, key_mask=mask, bias=bias, kernel="chunks")
+
+    given = (q, k, v, table if biased else table.detach())
+    assert torch.autograd.gradcheck(run, given)
+
+
+@DIMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_16_bits_are_rounded_once(masked, dtype, dim):
+    """On a CPU they are computed in fp32: nothing but the results is rounded."""
+    given = [x.detach().to(dtype).requires_grad_() for x in triple(*SHAPE)]
+    mask = some(*SHAPE[:3]) if masked else None
+    out = attend(*given, dim, key_mask=mask)
+    weight = torch.ones_like(out)
+    grads = torch.autograd.grad(out, given, weight)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    want = formula(*exact, line(dim), mask=mask)
+    wanted = torch.autograd.grad(want, exact, weight.double())
+    eps = torch.finfo(dtype).eps
+    for one, other in zip((out, *grads), (want, *wanted), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=eps, atol=1e-6 + 0.01 * eps)
+
+
+@DIMS
+@pytest.mark.parametrize("kind", ["bf16", "bias", "masked"])
+def test_a_second_run_is_bit_equal(kind, dim):
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in triple(2, 33, 40, 2, 8))
+    table = tokens(2, 79, seed=5).detach().to(dtype).requires_grad_()
+    mask = some(2, 33, 40, share=0.3) if kind == "masked" else None
+    given = (q, k, v, table) if kind == "bias" else (q, k, v)
+    bias = table if kind == "bias" else None
+
+    def run() -> tuple[Tensor, ...]:
+        out = attend(q, k, v, dim, key_mask=mask, query_mask=mask, bias=bias)
+        return out, *torch.autograd.grad(out.float().square().sum(), given)
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one, other)
+
+
+LOW = [
+    pytest.param(Limits(batch=2, heads=10**6, elements=10**9), id="batch"),
+    pytest.param(Limits(batch=10**6, heads=5, elements=10**9), id="heads"),
+    pytest.param(Limits(batch=10**6, heads=10**6, elements=100), id="elements"),
+    pytest.param(Limits(batch=1, heads=1, elements=1), id="all"),
+]
+
+
+@pytest.mark.parametrize("limits", LOW)
+@DIMS
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("with_prefix", [False, True], ids=["no prefix", "prefix"])
+def test_limits_of_kernels_change_nothing(monkeypatch, with_prefix, masked, dim, limits):
+    monkeypatch.setattr(WORTH, 0.0)
+    q, k, v = triple(*SHAPE)
+    mask = some(*SHAPE[:3]) if masked else None
+    prefix = prefix_of() if with_prefix else None
+    whole = attend(q, k, v, dim, key_mask=mask, prefix=prefix)
+    monkeypatch.setitem(LIMITS, "cpu", limits)
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        calls.append(k.shape)
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    got = attend(q, k, v, dim, key_mask=mask, prefix=prefix)
+    assert_agree(got, whole, q, k, v, *(prefix or ()), tolerance=1e-13)
+    for batch, heads, length, width in calls:  # within the limits, or a single line
+        assert batch <= limits.batch
+        assert heads <= max(limits.heads, SHAPE[3])
+        assert batch * heads * length * width <= max(limits.elements, SHAPE[3] * length * width)
+
+
+def test_what_a_gpu_takes_in_one_call():
+    """A 2048 x 2048 grid with N = 8, K = 64 stands just above the limit of flash's backward."""
+    q = torch.empty(1, 2048, 2048, 8, 64, device="meta")
+    LIMITS["meta"] = LIMITS["cuda"]
+    try:
+        assert lines_at_a_time(q, q, across=False) == (1, 2047)
+        assert lines_at_a_time(q, q, across=True) == (1, 2047)
+        many = torch.empty(2, 20_000, 16, 8, 64, device="meta")
+        assert lines_at_a_time(many, many, across=True) == (2, 8191)  # 65,528 heads
+        many = torch.empty(2, 40_000, 16, 8, 64, device="meta")
+        assert lines_at_a_time(many, many, across=False) == (1, 40_000)  # of 65,535 in the batch
+    finally:
+        del LIMITS["meta"]
+
+
+def test_the_kernel_of_each_dtype_and_device():
+    wide, narrow = torch.empty(1, 2, 3, 1, 4), torch.empty(1, 2, 3, 1, 4, dtype=torch.bfloat16)
+    assert kernel_for(wide, wide) == "fused"
+    assert kernel_for(narrow, narrow) == "chunks"
+    assert kernel_for(narrow.to("meta"), narrow.to("meta")) == "fused"
+    assert kernel_for(narrow, narrow, "fused") == "fused"
+    assert kernel_for(wide, wide, "chunks") == "chunks"
+    with pytest.raises(
+        ValueError, match=r"kernel='flash': allowed are \['auto', 'fused', 'chunks'"
+    ):
+        kernel_for(wide, wide, "flash")
+
+
+COPIES = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::index_select")
+
+
+@DIMS
+@pytest.mark.parametrize("packed", [False, True], ids=["contiguous", "slices of a fused QKV"])
+def test_no_copy_of_the_size_of_q_is_in_the_profile(packed, dim):
+    shape = (1, 24, 32, 2, 16)
+    fused = torch.randn(*shape[:4], 3, shape[4])
+    given = fused.unbind(4) if packed else torch.randn(3, *shape).unbind(0)
+    q, k, v = (x.detach().requires_grad_() for x in given)
+    weight = torch.randn(shape)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        torch.autograd.grad(attend(q, k, v, dim), (q, k, v), weight)
+    names = {event.name for event in seen.events()}
+    assert any("scaled_dot_product" in name for name in names)
+    for event in seen.events():
+        sizes = [torch.Size(one).numel() for one in event.input_shapes if one]
+        assert event.name not in COPIES or max(sizes, default=0) < q.numel(), event.name
+
+
+@DIMS
+def test_in_16_bits_nothing_but_chunks_is_held_beside_what_must_be(dim, monkeypatch):
+    """The result, the gradients and, in a chunk, two buffers of logits: none of all of them."""
+    lines, length = 32, 128
+    shape = (1, lines, length, 2, 2) if dim == 2 else (1, length, lines, 2, 2)
+    monkeypatch.setattr(CHUNK, 2 * length * length)  # one line
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in triple(*shape))
+    with Peak() as peak:
+        out = attend(q, k, v, dim)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    chunk, tensor = 4 * 2 * length * length, 2 * q.numel()
+    assert peak.bytes <= 3 * chunk + 6 * tensor < 4 * 2 * length * length * lines / 4
+
+
+@DIMS
+def test_a_bias_keeps_its_gradient_where_lines_are_in_several_chunks(dim, monkeypatch):
+    """Sums over chunks of lines, the last one short, and of one image each."""
+    monkeypatch.setattr(CHUNK, 2 * 2 * SHAPE[dim] ** 2)  # two lines
+    q, k, v = triple(*SHAPE)
+    table = tokens(2, 2 * SHAPE[dim] - 1, seed=5)
+    got = attend(q, k, v, dim, bias=table)
+    assert_agree(got, formula(q, k, v, line(dim), bias=line_bias(table, dim)), q, k, v, table)
