@@ -64,7 +64,8 @@ def turned(
     """The channel pairs (2 i, 2 i + 1) of x turned by its rows and columns; without a graph.
 
     x: [..., h, w, N, K]; rows: [h, K'/2], cols: [w, K'/2], see `turns_of`. Computed in fp32 at
-    least, and rounded to x's dtype once. back: by the negative angles. in_place: x may be written.
+        least, and rounded to x's dtype once.
+    back: by the negative angles. in_place: x, of fp32 at least, is written to.
     """
     if rows is None and cols is None:
         return x

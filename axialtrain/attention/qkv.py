@@ -102,12 +102,12 @@ class _ProjectHeads(torch.autograd.Function):
         of_x = torch.empty_like(lines, memory_format=torch.contiguous_format)
         three = [grad.reshape(*lines.shape[:2], *grad.shape[-2:]) for grad in grads]
         for some in _parts(x, len(weight)):
-            turn = _of(rows, some)
-            parts = [
-                part.to(wide) if number == 2 else turned(part.to(wide), turn, cols, back=True)
-                for number, part in enumerate(grad[some] for grad in three)
-            ]
-            packed = torch.stack(parts, 2).view(-1, len(weight))
+            packed = torch.stack([grad[some] for grad in three], 2).to(wide)
+            q_and_k = packed[:, :, :2].flatten(2, 3)
+            done = turned(q_and_k, _of(rows, some), cols, back=True, in_place=True)
+            if done is not q_and_k:  # in bf16 it is turned in fp32
+                q_and_k.copy_(done)
+            packed = packed.view(-1, len(weight))
             seen = lines[some].flatten(0, 1).to(wide)
             of_x[some] = (packed @ matrix).view_as(of_x[some])
             of_weight.add(packed.t() @ seen)

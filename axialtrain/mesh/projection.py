@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Numbers of the widest tensor of a chunk: on a CPU it stays in the cache, on a GPU it fills it.
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
+CHUNK = {"cpu": 2**19, "cuda": 2**27}
+LEAST = 256  # tokens of a chunk: below, products are no longer at their full rate
 
 Arithmetic = Callable[..., Any]  # (x, weight, bias, ...) -> what the layer gives
 
@@ -31,7 +32,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 def tokens_at_a_time(x: Tensor, width: int) -> int:
     """How many tokens a chunk has, of `width` numbers each at their widest."""
-    return max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // max(1, width))
+    return max(LEAST, CHUNK.get(x.device.type, CHUNK["cuda"]) // max(1, width))
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

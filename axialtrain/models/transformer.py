@@ -255,6 +255,7 @@ class AxialTransformer(nn.Module):
         draws = bool(self.config.drop_path or self.config.axial_config.skip_axis)
         chance = chance if self.training else None
         check_inputs(pixels.shape[0], place, valid, chance, draws=self.training and draws)
+        chance = chance if draws else None
         x = self.patch_embed(pixels, valid)
         if hidden is not None:
             which, token = hidden
