@@ -13,6 +13,7 @@ from axialtrain.data.config import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.registry import KINDS, ModelConfig
 from axialtrain.models.transformer import AxialTransformerConfig
+from axialtrain.train.compiled import check_compile
 from axialtrain.train.schedule import ScheduleConfig
 from axialtrain.train.track import LoggerConfig
 
@@ -90,6 +91,8 @@ class TrainConfig:
     patience: validations without a better `checkpoint.best` after which the run ends early; 0 is
     off.
     precision: "fp32", or "bf16" with fp32 masters in the optimizer.
+    compile: whether torch compiles the layers of an axial transformer, one graph for each size of
+        the token grid; see `axialtrain.train.compiled` for what it does not go with.
     """
 
     steps: int = 100
@@ -98,6 +101,7 @@ class TrainConfig:
     validate_every: int = 0
     patience: int = 0
     precision: str = "fp32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _check_least("train", self, steps=1, batch=1, micro_batch=1, validate_every=0, patience=0)
@@ -235,5 +239,7 @@ class RunConfig:
             raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")
         if self.resume == "":
             raise ValueError("resume is empty: give resume=auto, resume=RUN or resume=null")
+        if self.train.compile:
+            check_compile(self.model, self.mesh, self.zero.stage)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are whole numbers from 0 to 2^63 - 1")

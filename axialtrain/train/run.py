@@ -23,6 +23,7 @@ from axialtrain.models.registry import build_backbone
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
+from axialtrain.train.compiled import compile_layers
 from axialtrain.train.config import RunConfig
 from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
@@ -159,6 +160,8 @@ def _run(
             if first and names:
                 print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
     model = parallelize(model, mesh, timeout=timeout)
+    if config.train.compile:
+        compile_layers(model)
     task.prepare(mesh, device)
     engine = Engine(
         model.to(device),

@@ -1,0 +1,72 @@
+"""`train.compile`: the layers of an axial transformer, compiled by torch, each in place.
+
+A layer is one graph, with no break in it, for each size of the token grid (and with and without a
+mask), so a run over images of bucketed sizes compiles once for each bucket. Weights keep their
+names. What has no graph is refused: collectives of a mesh within an image, the hooks with which
+ZeRO 3 gathers weights inside of a layer, and draws of numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from axialtrain.mesh.mesh import MeshConfig
+from axialtrain.models.layer import Layer
+from axialtrain.models.transformer import AxialTransformerConfig
+
+GRAPHS = 64  # of all layers' code: sizes, with and without mask, training and evaluation
+
+
+def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
+    """Raise ValueError where train.compile=true does not go with the rest of a run."""
+    if not isinstance(model, AxialTransformerConfig):
+        raise ValueError(
+            f"train.compile=true, and model is {type(model).__name__}: allowed are axial "
+            "transformers, or train.compile=false"
+        )
+    for axis in ("row", "col", "tensor"):
+        if getattr(mesh, axis) > 1:
+            raise ValueError(
+                f"train.compile=true, and mesh.{axis}={getattr(mesh, axis)}: its collectives are "
+                f"in no graph: allowed is mesh.{axis}=1, with any mesh.data, or train.compile=false"
+            )
+    if stage == 3:
+        raise ValueError(
+            "train.compile=true, and zero.stage=3, which gathers weights inside of a layer: "
+            "allowed are 0, 1, 2, or train.compile=false"
+        )
+    draws = {"drop_path": model.drop_path, "axial_config.skip_axis": model.axial_config.skip_axis}
+    for key, value in draws.items():
+        if value:
+            raise ValueError(
+                f"train.compile=true, and model.{key}={value}, which is drawn inside of a layer: "
+                "allowed is 0, or train.compile=false"
+            )
+
+
+def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile every layer of `model` where it stands; returns how many there are.
+
+    backend: torch's, by name or as a function. An operation without a graph is an error.
+    Raises ValueError where the model has no layer of ours.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    if not layers:
+        raise ValueError(
+            f"train.compile=true: a {type(model).__name__} has no layer of an axial transformer: "
+            "allowed is train.compile=false"
+        )
+    # All layers are one code to torch, and each has a graph of its own for each size.
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, GRAPHS * len(layers)
+    )
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, GRAPHS * len(layers)
+    )
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+    return len(layers)

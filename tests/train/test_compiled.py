@@ -1,0 +1,137 @@
+"""train.compile: layers in one graph each, the same numbers, one graph for each size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from axialtrain.grid import Place
+from axialtrain.mesh.mesh import Mesh, MeshConfig
+from axialtrain.mesh.parallelize import parallelize
+from axialtrain.models.chance import Chance
+from axialtrain.models.registry import model_config
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
+from axialtrain.train.compiled import check_compile, compile_layers
+
+PATCH, DIM, DEPTH = 2, 16, 2
+SIZES = [(5, 7), (8, 3)]
+
+
+class Counting:
+    """torch's aot_eager, which needs no compiler, and the graphs that it was given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def transformer(**options) -> AxialTransformer:
+    torch.manual_seed(0)
+    model = AxialTransformer(
+        AxialTransformerConfig(patch=PATCH, dim=DIM, depth=DEPTH, heads=2, **options)
+    ).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def gradients(model: AxialTransformer, size: tuple[int, int], *, holes: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, size[0] * PATCH, size[1] * PATCH, 3, generator=generator).double()
+    valid = torch.rand(2, *size, generator=generator) < 0.8 if holes else None
+    model.zero_grad()
+    out, prefix = model(pixels.requires_grad_(), valid, Place(*size), chance=Chance(0, 0, (1, 2)))
+    (out.square().sum() + prefix.square().sum()).backward()
+    found = {name: one.grad.clone() for name, one in model.named_parameters()}
+    return found | {"out": out.detach(), "pixels": pixels.grad}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefix_tokens": 2, "layer_scale": 0.5, "mlp_chunk": 11},
+        {"axial_config": {"pattern": ["col+row"], "fusion": "sum", "positions": "none"}},
+    ],
+    ids=["rope", "prefix, layer scale, MLP in chunks", "summed"],
+)
+def test_compiled_layers_have_the_gradients_of_plain_ones(options):
+    plain, compiled = transformer(**options), transformer(**options)
+    parallelize(compiled, Mesh())
+    assert compile_layers(compiled, backend=Counting()) == DEPTH
+    assert list(compiled.state_dict()) == list(plain.state_dict()), "weights keep their names"
+    for holes in (False, True):
+        want = gradients(plain, SIZES[0], holes=holes)
+        got = gradients(compiled, SIZES[0], holes=holes)
+        assert got.keys() == want.keys()
+        for name in want:
+            error = (got[name] - want[name]).abs().max()
+            assert error <= 1e-10 * want[name].abs().max().clamp_min(1e-30), name
+
+
+def test_each_size_makes_one_graph_of_a_layer_and_no_more():
+    backend, model = Counting(), transformer()
+    compile_layers(model, backend=backend)
+    gradients(model, SIZES[0], holes=False)
+    once = backend.graphs
+    assert 1 <= once <= DEPTH
+    gradients(model, SIZES[1], holes=False)
+    assert backend.graphs == 2 * once
+    for size in SIZES * 2:
+        gradients(model, size, holes=False)
+    assert backend.graphs == 2 * once, "a size that came before"
+
+
+def test_a_mesh_of_one_rank_changes_nothing():
+    backend, model = Counting(), transformer()
+    parallelize(model, Mesh())
+    compile_layers(model, backend=backend)
+    for _ in range(2):
+        gradients(model, SIZES[0], holes=True)
+    assert 1 <= backend.graphs <= DEPTH
+
+
+def test_a_model_without_our_layers_is_refused():
+    with pytest.raises(ValueError, match="has no layer of an axial transformer"):
+        compile_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "stage", "said"),
+    [
+        ({}, {"row": 2}, 0, r"mesh\.row=2: .* allowed is mesh\.row=1"),
+        ({}, {"col": 2}, 0, r"mesh\.col=2"),
+        ({}, {"tensor": 2}, 1, r"mesh\.tensor=2"),
+        ({}, {}, 3, r"zero\.stage=3, .* allowed are 0, 1, 2"),
+        ({"drop_path": 0.1}, {}, 1, r"model\.drop_path=0\.1"),
+        ({"axial_config": {"skip_axis": 0.2}}, {}, 1, r"model\.axial_config\.skip_axis=0\.2"),
+    ],
+    ids=["row", "col", "tensor", "zero", "drop_path", "skip_axis"],
+)
+def test_what_has_no_graph_is_refused(model, mesh, stage, said):
+    config = AxialTransformerConfig(dim=16, heads=2, **model)
+    with pytest.raises(ValueError, match=said):
+        check_compile(config, MeshConfig(**mesh), stage)
+
+
+def test_data_ranks_and_zero_up_to_two_go_with_it():
+    for stage in (0, 1, 2):
+        check_compile(AxialTransformerConfig(), MeshConfig(data=4), stage)
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(ValueError, match="allowed are axial transformers"):
+        check_compile(model_config("axial_resnet26s"), MeshConfig(), 0)
