@@ -21,65 +21,7 @@ from torch import Tensor, nn
 from axialtrain.grid import Layout, Messages, Place, Rect, messages
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.mesh import Group, Mesh
-
-_NOWHERE = Rect(0, 0, 0, 0)
-
-
-def redistribute(x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group) -> Tensor:
-    """Move tokens from the rectangle that each rank owns to the one that it wants.
-
-    x: [B, owned.height, owned.width, ...]. Returns [B, wanted.height, wanted.width, ...], with
-    zeros where a wanted rectangle reaches outside what anybody owns.
-    Adjoint: the same messages backwards, gradients of what several ranks wanted being added.
-    """
-    if x.dtype is torch.bool:  # a mask: not every backend sends booleans
-        return _Redistribute.apply(x.to(torch.uint8), owned, wanted, plan, group).bool()
-    return _Redistribute.apply(x, owned, wanted, plan, group)
-
-
-class _Redistribute(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group
-    ) -> Tensor:
-        ctx.owned, ctx.wanted, ctx.plan, ctx.group = owned, wanted, plan, group
-        return _move(x, owned, plan.send, wanted, plan.receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x = _move(grads[0], ctx.wanted, ctx.plan.receive, ctx.owned, ctx.plan.send, ctx.group)
-        return x, None, None, None, None
-
-
-def _move(
-    x: Tensor,
-    source: Rect,
-    outgoing: tuple[Rect, ...],
-    target: Rect,
-    incoming: tuple[Rect, ...],
-    group: Group,
-) -> Tensor:
-    """Send the rectangles `outgoing` of x, add the received `incoming` ones into zeros.
-
-    Where they overlap (gradients of what several ranks wanted), in fp32 at least.
-    """
-    batch, rest = x.shape[0], x.shape[3:]
-    per_token, me = batch * rest.numel(), group.rank
-    others = [rect if rank != me else _NOWHERE for rank, rect in enumerate(outgoing)]
-    packed = torch.cat([x[:, *rect.slices(source)].reshape(-1) for rect in others])
-    expected = [rect if rank != me else _NOWHERE for rank, rect in enumerate(incoming)]
-    sizes = [rect.area * per_token for rect in expected]
-    received = all_to_all(packed, [rect.area * per_token for rect in others], sizes, group)
-    del packed  # it may be as large as what was received
-    overlap = sum(rect.area for rect in incoming) > target.area
-    dtype = torch.promote_types(x.dtype, torch.float32) if overlap else x.dtype
-    out = x.new_zeros(batch, target.height, target.width, *rest, dtype=dtype)
-    if not incoming[me].empty:  # what stays here goes through no buffer
-        out[:, *incoming[me].slices(target)] = x[:, *outgoing[me].slices(source)]
-    for rect, chunk in zip(expected, received.split(sizes), strict=True):
-        if not rect.empty:
-            out[:, *rect.slices(target)] += chunk.view(batch, rect.height, rect.width, *rest)
-    return out.to(x.dtype)
+from axialtrain.mesh.moving import packed, redistribute
 
 
 def _peers(
@@ -285,9 +227,9 @@ def _joined(rects: Sequence[Rect]) -> Rect:
 def _to_lines(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
     batch, _, _, heads, width = x.shape
     part = heads // group.size
-    packed = torch.cat([chunk.reshape(-1) for chunk in x.chunk(group.size, 3)])
+    flat = packed(x.chunk(group.size, 3))
     sizes = [batch * rect.area * part * width for rect in rects]
-    received = all_to_all(packed, [sizes[group.rank]] * group.size, sizes, group)
+    received = all_to_all(flat, [sizes[group.rank]] * group.size, sizes, group)
     lines = _joined(rects)
     out = x.new_empty(batch, lines.height, lines.width, part, width)
     for rect, piece in zip(rects, received.split(sizes), strict=True):
@@ -298,9 +240,9 @@ def _to_lines(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
 def _to_tile(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
     batch, _, _, part, width = x.shape
     lines, mine = _joined(rects), rects[group.rank]
-    packed = torch.cat([x[:, *rect.slices(lines)].reshape(-1) for rect in rects])
+    flat = packed([x[:, *rect.slices(lines)] for rect in rects])
     sizes = [batch * rect.area * part * width for rect in rects]
-    received = all_to_all(packed, sizes, [sizes[group.rank]] * group.size, group)
+    received = all_to_all(flat, sizes, [sizes[group.rank]] * group.size, group)
     chunks = received.view(group.size, batch, mine.height, mine.width, part, width)
     return rearrange(chunks, "P B h w N C -> B h w (P N) C")
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from axialtrain.bench.exchange import Rates, measure
 from axialtrain.grid import Layout, Place, Rect, messages
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
-from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, redistribute, swap
+from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, swap
 from axialtrain.mesh.mesh import Mesh
+from axialtrain.mesh.moving import redistribute
 
 BATCH = 2
 
