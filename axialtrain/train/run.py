@@ -107,6 +107,7 @@ def _run(
         *gather_objects((socket.gethostname(), str(device)), mesh.world), strict=True
     )
     placement = placed(config.mesh.degrees, hosts)
+    mesh.placed_on(placement)
     saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
     first = mesh.world.rank == 0
     tracker, refused = None, ""
@@ -120,7 +121,7 @@ def _run(
             step = 0 if saved is None else saved.step
             tracker = Tracker(config.logger, folder, config.name, run_yaml, resumed=step)
             Folder(folder).write("config.yaml", run_yaml.encode())
-            Folder(folder).write(NAME, mesh_text(placement, devices).encode())
+            Folder(folder).write(NAME, mesh_text(placement, devices, mesh.config).encode())
         except (ValueError, OSError) as error:
             refused = str(error)
     refused = gather_objects(refused, mesh.world)[0]
