@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.area import attend_all, attend_windows
@@ -13,10 +12,12 @@ from axialtrain.attention.axis import attend
 from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.lines import Prefix
 from axialtrain.attention.merge import attend_everywhere
-from axialtrain.attention.positions import rotate_tokens
+from axialtrain.attention.positions import Turns, turns_of
+from axialtrain.attention.qkv import HeadProjection
 from axialtrain.grid import Place, Rect, cuts_windows, windows_of
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.per_head import PerHead
+from axialtrain.mesh.projection import Projection
 
 
 class AxialAttention(nn.Module):
@@ -48,8 +49,8 @@ class AxialAttention(nn.Module):
         self.passes = tuple(passes)
         self.positions = config.positions
         self.window = config.window
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = HeadProjection(dim, self.head_dim, bias=qkv_bias)
+        self.proj = Projection(dim, dim)
         self.exchange = Exchange(heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
         self.per_head = PerHead()
         self.bias_h = self.bias_w = None  # of vertical and of horizontal distances
@@ -76,13 +77,14 @@ class AxialAttention(nn.Module):
         assert which in self.passes, f"made for {self.passes}, asked for {which}"
         if skip:
             return self._nothing(x)
-        q, k, v = self._projected(x)
+        turns: Turns = (None, None)
         if self.positions == "rope":
-            q, k = rotate_tokens((q, k), place.rect, which.dims)
+            turns = turns_of(place.rect, which.dims, self.head_dim, x)
+        q, k, v = self.qkv(x, *turns)
         mine = None if valid is None else valid[:, *place.rect.slices(place.grid)]
         own: Prefix | None = None
         if prefix.shape[1]:
-            of_prefix, *own_kv = self._projected(prefix)
+            of_prefix, *own_kv = self.qkv(prefix)
             own = (own_kv[0], own_kv[1])
             merged = attend_everywhere(of_prefix, k, v, self.exchange, key_mask=mine, prefix=own)
             prefix = self.proj(merged.flatten(2))
@@ -95,13 +97,8 @@ class AxialAttention(nn.Module):
             out = self._all(q, k, v, place, valid, own)
         out = self.proj(out.flatten(3))
         if mine is not None:
-            out = torch.where(mine[..., None], out, 0.0)
+            out = out.masked_fill_(~mine[..., None], 0.0)  # nobody keeps it: in its place
         return out, prefix
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = rearrange(self.qkv(x), "... (N three K) -> three ... N K", three=3, K=self.head_dim)
-        q, k, v = qkv.unbind(0)
-        return q, k, v
 
     def _line(
         self,
@@ -203,7 +200,7 @@ class AxialAttention(nn.Module):
         return self.per_head(self.bias_h), self.per_head(self.bias_w)
 
     def _nothing(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self._projected(x[:0])
+        q, k, v = self.qkv(x[:0])
         zero = self.proj((q + k + v).flatten(3)).sum()
         for table in (self.bias_h, self.bias_w):
             if table is not None:

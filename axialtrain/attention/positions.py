@@ -5,9 +5,12 @@ All of them come from global coordinates of tokens, so they are the same on ever
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from axialtrain.grid import Place, Rect
 
@@ -29,41 +32,95 @@ def rotary_angles(
     return coordinates[:, None] * base ** (-pairs / head_dim)
 
 
+Turns = tuple[Tensor | None, Tensor | None]  # of the rows and of the columns of a part, complex
+
+
+def turns_of(rect: Rect, dims: tuple[int, ...], head_dim: int, like: Tensor) -> Turns:
+    """Rotary positions of the tokens of `rect`, for attention along `dims`, as unit numbers.
+
+    Along one dim all K channels turn with its coordinate; along both, the first half turns with the
+    row's and the second with the column's, as in timm. Returns ([h, K'/2], [w, K'/2]), None where
+    a coordinate turns nothing; K' is K, or half of it for both. Complex, of fp32 at least, on the
+    device of `like`.
+    """
+    spans = {1: (rect.top, rect.bottom), 2: (rect.left, rect.right)}
+    rows, cols = (
+        _unit(rotary_angles(*spans[dim], head_dim // len(dims), device=like.device), like)
+        if dim in dims
+        else None
+        for dim in (1, 2)
+    )
+    return rows, cols
+
+
+def turned(
+    x: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    *,
+    back: bool = False,
+    in_place: bool = False,
+) -> Tensor:
+    """The channel pairs (2 i, 2 i + 1) of x turned by its rows and columns; without a graph.
+
+    x: [..., h, w, N, K]; rows: [h, K'/2], cols: [w, K'/2], see `turns_of`. Computed in fp32 at
+    least, and rounded to x's dtype once. back: by the negative angles. in_place: x may be written.
+    """
+    if rows is None and cols is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(wide)
+    if out is x and not in_place:
+        out = x.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(out.unflatten(-1, (-1, 2)))
+    first = pairs if cols is None or rows is None else pairs[..., : rows.shape[-1]]
+    if rows is not None:
+        first.mul_((rows.conj() if back else rows)[:, None, None])
+    if cols is not None:
+        (pairs[..., -cols.shape[-1] :]).mul_((cols.conj() if back else cols)[:, None])
+    return out.to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """Keeps the turns for backward, and nothing of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, cols)
+        return turned(x, rows, cols)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return turned(grad, *ctx.saved_tensors, back=True), None, None
+
+
 def rotate(x: Tensor, angles: Tensor, dim: int) -> Tensor:
     """Turn the channel pairs (2 i, 2 i + 1) of x by the angles of the tokens along `dim`.
 
     x: [B, H, W, N, K]; angles: [L, K / 2] with L the size of `dim` (1 or 2). Computed in fp32 at
     least, and rounded to x's dtype once.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = [1] * x.ndim
-    shape[dim], shape[-1] = angles.shape
-    cos = angles.cos().to(x.device, dtype).view(shape)
-    sin = angles.sin().to(x.device, dtype).view(shape)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    unit = _unit(angles, x)
+    return _Turn.apply(x, unit, None) if dim == 1 else _Turn.apply(x, None, unit)
 
 
 def rotate_tokens(
     tensors: tuple[Tensor, ...], rect: Rect, dims: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
-    """Rotary positions of the tokens of `rect`, for attention along `dims`.
+    """Rotary positions of the tokens of `rect`, for attention along `dims`: see `turns_of`.
 
-    tensors: [B, h, w, N, K] each. Along one dim all K channels turn with its coordinate; along
-    both, the first half turns with the row's and the second with the column's, as in timm.
+    tensors: [B, h, w, N, K] each. `AxialAttention` turns what it projects by itself.
     """
-    spans = {1: (rect.top, rect.bottom), 2: (rect.left, rect.right)}
-    width, device = tensors[0].shape[-1] // len(dims), tensors[0].device
-    angles = [rotary_angles(*spans[dim], width, device=device) for dim in dims]
-    turned = []
-    for x in tensors:
-        parts = [
-            rotate(part, angle, dim)
-            for part, angle, dim in zip(x.chunk(len(dims), -1), angles, dims, strict=True)
-        ]
-        turned.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
-    return tuple(turned)
+    turns = turns_of(rect, dims, tensors[0].shape[-1], tensors[0])
+    return tuple(_Turn.apply(x, *turns) for x in tensors)
+
+
+def _unit(angles: Tensor, like: Tensor) -> Tensor:
+    """Complex numbers of these angles, of like's precision, fp32 at least, on its device."""
+    unit = torch.polar(torch.ones_like(angles), angles)
+    kind = torch.promote_types(like.dtype, torch.complex64)
+    return unit.to(like.device, kind)
 
 
 def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:

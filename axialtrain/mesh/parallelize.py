@@ -17,13 +17,18 @@ from typing import Any
 import torch
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.nn import functional as F
 
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Group, Mesh, check_divides
 from axialtrain.mesh.per_head import PerHead
+from axialtrain.mesh.projection import Arithmetic, Copied, Projection, Summed
 
 # timm's names, which all our backbones share: (module, projections in, projection out). Where the
 # passes of a layer have projections of their own, they are attn.0, attn.1.
@@ -65,6 +70,10 @@ def parallelize(
     for module in model.modules():
         if isinstance(module, PerHead):
             module.local = partial(_heads_of, group=mesh.tensor)
+        elif isinstance(module, Summed):
+            module.local = reduce_from_model_parallel_region
+        elif isinstance(module, Copied):
+            module.local = copy_to_model_parallel_region
     return model
 
 
@@ -128,16 +137,39 @@ def _leave(weight: Tensor) -> Tensor:
     return weight  # fairscale's constructors fill a full matrix that is thrown away: skip it
 
 
+class _Columns(ColumnParallelLinear):
+    """Some of the outputs, by the arithmetic of the layer that it takes the place of."""
+
+    arithmetic: Arithmetic = staticmethod(F.linear)
+
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        # Identity forward, sum of the gradients over the tensor axis backward.
+        x = copy_to_model_parallel_region(x)
+        return self.arithmetic(x, self.weight, self.bias, *(() if not more else (more,)))
+
+
+class _Rows(RowParallelLinear):
+    """Of some of the inputs, the sum over the tensor axis, whose gradient goes to each as it is."""
+
+    arithmetic: Arithmetic = staticmethod(F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = reduce_from_model_parallel_region(self.arithmetic(x, self.weight, None))
+        return out if self.bias is None else out + self.bias
+
+
 def _column(linear: nn.Module, group: Group) -> nn.Module:
     assert isinstance(linear, nn.Linear)
     with torch.random.fork_rng(devices=[]):
-        out = ColumnParallelLinear(
+        out = _Columns(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             gather_output=False,
             init_method=_leave,
         )
+    if isinstance(linear, Projection):
+        out.arithmetic = linear.arithmetic
     out.weight = _slice(linear.weight, 0, group)
     if linear.bias is not None:
         out.bias = _slice(linear.bias, 0, group)
@@ -147,13 +179,15 @@ def _column(linear: nn.Module, group: Group) -> nn.Module:
 def _row(linear: nn.Module, group: Group) -> nn.Module:
     assert isinstance(linear, nn.Linear)
     with torch.random.fork_rng(devices=[]):
-        out = RowParallelLinear(
+        out = _Rows(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             input_is_parallel=True,
             init_method=_leave,
         )
+    if isinstance(linear, Projection):
+        out.arithmetic = linear.arithmetic
     out.weight = _slice(linear.weight, 1, group)
     if linear.bias is not None:
         # Replicated: added after the sum over the tensor axis, so each rank has its whole gradient.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from axialtrain.attention.config import AxialConfig
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.attention.positions import extents, resampled
+from axialtrain.attention.qkv import HeadProjection
 from axialtrain.grid import Place, tokens_across
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models import transformer
@@ -323,9 +324,10 @@ def _adopt(layer: Layer, block: Block) -> None:
     attn = block.attn
     first, *others = layer.attn if isinstance(layer.attn, nn.ModuleList) else [layer.attn]
     assert isinstance(first, AxialAttention)
-    first.qkv, first.proj = attn.qkv, attn.proj
+    first.qkv = HeadProjection.by_head(attn.qkv, first.head_dim)
+    first.proj = attn.proj
     for other in others:
-        other.qkv, other.proj = copy.deepcopy(attn.qkv), copy.deepcopy(attn.proj)
+        other.qkv, other.proj = copy.deepcopy(first.qkv), copy.deepcopy(attn.proj)
     if isinstance(layer.norm1, nn.ModuleList):
         copies = [copy.deepcopy(block.norm1) for _ in layer.norm1[1:]]
         layer.norm1 = nn.ModuleList([block.norm1, *copies])

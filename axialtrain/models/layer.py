@@ -11,19 +11,7 @@ from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.models.chance import Chance
-
-
-class Mlp(nn.Module):
-    """fc1 -> GELU -> fc2, with timm's names."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, width)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(width, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+from axialtrain.models.mlp import Mlp
 
 
 class Norm(nn.LayerNorm):
@@ -66,7 +54,7 @@ class Layer(nn.Module):
     index: number of the layer. drop_path: chance that a residual branch is left out for an image
     while training (arXiv 1603.09382), the others being scaled up.
     grid: (H, W) that learned positions are made for, or None. qkv_bias: see `AxialAttention`.
-    layer_scale: what `LayerScale` starts from, None for none.
+    layer_scale: what `LayerScale` starts from, None for none. mlp_chunk: see `Mlp`.
     """
 
     def __init__(
@@ -81,6 +69,7 @@ class Layer(nn.Module):
         grid: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
+        mlp_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -102,7 +91,7 @@ class Layer(nn.Module):
             if not self.summed:
                 self.norm1 = nn.ModuleList(Norm(dim) for _ in self.passes)
         self.norm2: nn.Module = Norm(dim)
-        self.mlp: nn.Module = Mlp(dim, mlp_width)
+        self.mlp: nn.Module = Mlp(dim, mlp_width, mlp_chunk)
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )

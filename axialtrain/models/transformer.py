@@ -20,6 +20,7 @@ from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import MeshConfig, check_divides
+from axialtrain.mesh.projection import Projection
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
 
@@ -41,6 +42,8 @@ class AxialTransformerConfig:
         and resampled to each image's extent, and each prefix token one too: ViT's.
     qkv_bias: whether Q, K and V have a bias. layer_scale: what a learned factor of each channel of
         the residual branches starts from; null for none.
+    mlp_chunk: tokens of a rank's part that the MLP takes at a time where there are more; its hidden
+        activations are then computed again in backward. null keeps those of all tokens.
     """
 
     patch: int | str = 16
@@ -55,6 +58,7 @@ class AxialTransformerConfig:
     grid_embedding: bool = False
     qkv_bias: bool = True
     layer_scale: float | None = None
+    mlp_chunk: int | None = 65536
     axial_config: AxialConfig = field(default_factory=AxialConfig)  # or a dictionary of its keys
 
     def __post_init__(self) -> None:
@@ -93,6 +97,10 @@ class AxialTransformerConfig:
         if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
             raise ValueError(
                 f"model.layer_scale={self.layer_scale}: allowed are null and numbers above 0"
+            )
+        if self.mlp_chunk is not None and (type(self.mlp_chunk) is not int or self.mlp_chunk < 1):
+            raise ValueError(
+                f"model.mlp_chunk={self.mlp_chunk!r}: allowed are null and whole numbers from 1"
             )
         self.axial_config.check_heads(self.dim, self.heads, self.passes)
         self.axial_config.check_span(self.made_for, self.passes)
@@ -144,7 +152,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch: int, bands: int, dim: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Linear(bands * patch * patch, dim)
+        self.proj = Projection(bands * patch * patch, dim)
 
     @classmethod
     def of_convolution(cls, conv: nn.Conv2d) -> PatchEmbed:
@@ -212,6 +220,7 @@ class AxialTransformer(nn.Module):
                 grid=config.made_for,
                 qkv_bias=config.qkv_bias,
                 layer_scale=config.layer_scale,
+                mlp_chunk=config.mlp_chunk,
             )
             for index in range(config.depth)
         )
@@ -305,6 +314,10 @@ def encode(
     valid: bool [B, h, w] of the tile; whole: [B, H, W] of the grid. Tokens that are not valid are
     zeroed before and after. recompute: keep nothing of a layer but its input for backward.
     """
+    # No mask where every token of the batch counts: a layer would be slower for nothing. Asked once
+    # a forward, of the whole grid, which each rank has: all of them go the same way.
+    if whole is not None and bool(whole.all()):
+        valid = whole = None
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)
     for layer in layers:

@@ -22,10 +22,12 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import tensor_dims
+from axialtrain.models.mlp import Mlp
 from axialtrain.train import fragments
 from axialtrain.train.config import OptimConfig, ZeroConfig
 from axialtrain.train.fragments import Fragment
@@ -85,6 +87,9 @@ class Engine:
 
         self._linear = torch.nn.functional.linear
         _prepare_deepspeed()
+        if any(isinstance(module, Mlp) for module in model.modules()):
+            # It uses the parameters of its projections without calling them: gathered with it.
+            set_z3_leaf_modules(model, [Mlp])
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer(model, optim),
