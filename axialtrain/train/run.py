@@ -19,7 +19,9 @@ from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.mesh.placement import placed
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import build_backbone
+from axialtrain.models.transformer import AxialTransformer
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
@@ -149,7 +151,10 @@ def _run(
         check_fits(saved, config, loader)
     task = task_of(config)
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
-    model = task.build(build_backbone(config.model))
+    backbone = build_backbone(config.model)
+    if isinstance(backbone, AxialTransformer):
+        backbone.recompute = Recompute(config.train.recompute, config.train.offload)
+    model = task.build(backbone)
     if saved is None:
         # A run that goes on may have a newer checkpoint for the next rank that looks.
         config = replace(config, init=told(lambda: pinned(config), mesh.world))
