@@ -8,7 +8,7 @@ group that holds all of it. Beside it, `deal_heads` exchanges parts of lines aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.grid import Layout, Messages, Place, Rect, messages
+from axialtrain.mesh.bands import Bands
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.mesh import Group, Mesh
 from axialtrain.mesh.moving import packed, redistribute
@@ -50,8 +51,7 @@ def _peers(
 
 
 @lru_cache(maxsize=256)
-def _swap_plan(place: Place, layout: Layout, members: tuple[tuple[int, int], ...]) -> Messages:
-    goal = place.under(layout)
+def _plan(place: Place, goal: Place, members: tuple[tuple[int, int], ...]) -> Messages:
     return messages(
         [place.rect_of(at) for at in members],
         [goal.rect_of(at) for at in members],
@@ -79,8 +79,36 @@ def swap(x: Tensor, place: Place, layout: Layout, mesh: Mesh) -> Tensor:
     )
     if group is None or layout is place.layout:
         return x
-    plan = _swap_plan(place, layout, members)
+    plan = _plan(place, place.under(layout), members)
     return redistribute(x, place.rect, place.under(layout).rect, plan, group)
+
+
+def swap_in_bands(
+    x: Tensor, place: Place, layout: Layout, mesh: Mesh
+) -> Iterator[tuple[Tensor, Place]]:
+    """As `swap`, in mesh.overlap bands of whole lines, and where each of them is.
+
+    x: [B, h, w, ...] under place.layout. A band is waited for when it is asked for, while those
+    after it are on their way. layout: ROWS or COLS. Adjoint: the swap back, in the same bands.
+    """
+    goal = place.under(layout)
+    if Layout.TILE not in (place.layout, layout) and mesh.config.swap == "hierarchical":
+        x, place = swap(x, place, Layout.TILE, mesh), place.under(Layout.TILE)
+    direct = place.layout is not Layout.TILE
+    group, members = _peers(
+        place,
+        mesh,
+        across_rows=direct or layout is Layout.COLS,
+        across_cols=direct or layout is Layout.ROWS,
+    )
+    if group is None:
+        yield x, goal
+        return
+    parts = goal.bands(mesh.config.overlap)
+    plans = [_plan(place, part, members) for part in parts]
+    bands = Bands(x, place.rect, [part.rect for part in parts], plans, group)
+    for number, part in enumerate(parts):
+        yield bands.receive(number), part
 
 
 def fetch(
@@ -276,6 +304,16 @@ class Exchange(nn.Module):
             return x
         assert self.mesh is not None
         return swap(x, place, layout, self.mesh)
+
+    def in_bands(self, place: Place, layout: Layout) -> bool:
+        """Whether a pass of lines can begin before all of its tokens are here (`bands`)."""
+        lines = layout is not Layout.TILE and layout is not place.layout
+        return self.mesh is not None and self.mesh.config.overlap > 1 and lines
+
+    def bands(self, x: Tensor, place: Place, layout: Layout) -> Iterator[tuple[Tensor, Place]]:
+        """Bands of lines of x under `layout`, and where they are, in turn: see `swap_in_bands`."""
+        assert self.mesh is not None, "a serial model has all lines"
+        return swap_in_bands(x, place, layout, self.mesh)
 
     def fetch(
         self,

@@ -35,6 +35,8 @@ class MeshConfig:
     swap: how tokens get from whole rows to whole columns. "direct": one all-to-all among all ranks
         of the image. "hierarchical": two, one along each axis, through tiles. "auto": what
         `Placement.swap` says of the hosts; direct where nobody told the mesh (`Mesh.placed_on`).
+    overlap: bands of lines in which a swap to whole rows or columns travels, so that one is
+        attended to while the next ones are on their way; 1 waits for all.
     """
 
     data: int = 1
@@ -43,6 +45,7 @@ class MeshConfig:
     tensor: int = 1
     exchange: str = "swap"
     swap: str = "auto"
+    overlap: int = 1
 
     def __post_init__(self) -> None:
         for key, allowed in (("exchange", EXCHANGES), ("swap", SWAPS)):
@@ -53,6 +56,13 @@ class MeshConfig:
         for axis, degree in self.degrees.items():
             if degree < 1:
                 raise ValueError(f"mesh.{axis}={degree}: allowed are whole numbers from 1")
+        if self.overlap < 1:
+            raise ValueError(f"mesh.overlap={self.overlap}: allowed are whole numbers from 1")
+        if self.overlap > 1 and self.exchange != "swap":
+            raise ValueError(
+                f"mesh.overlap={self.overlap}: only swaps travel in bands: allowed is 1 with "
+                f"mesh.exchange={self.exchange}"
+            )
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -122,7 +132,7 @@ class Mesh:
 
     A process outside `torch.distributed` is the mesh 1 x 1 x 1 x 1, on the same code path.
 
-    exchange, swap: see `MeshConfig`.
+    exchange, swap, overlap: see `MeshConfig`.
     Raises ValueError where the degrees do not multiply to the number of processes.
     """
 
@@ -135,10 +145,11 @@ class Mesh:
         *,
         exchange: str = "swap",
         swap: str = "auto",
+        overlap: int = 1,
         device_type: str = "cpu",
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.config = MeshConfig(data, row, col, tensor, exchange, swap)
+        self.config = MeshConfig(data, row, col, tensor, exchange, swap, overlap)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.config.size != world:
             raise ValueError(

@@ -58,6 +58,7 @@ class Moving:
     outgoing, incoming: one for each rank of `group`. Where incoming ones overlap (gradients of what
     several ranks wanted) they are added, in fp32 at least.
     beside: return while the messages travel, so that something else can be computed.
+    part: whether it will be put into a tensor that is there (`arrived_in`).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Moving:
         group: Group,
         *,
         beside: bool = False,
+        part: bool = False,
     ) -> None:
         me, batch, rest = group.rank, x.shape[0], x.shape[3:]
         self._x, self._source, self._target = x, source, target
@@ -77,7 +79,7 @@ class Moving:
         self._added = _overlap(incoming)
         self._full = not self._added and sum(rect.area for rect in incoming) == target.area
         lies = batch == 1 and x.is_contiguous() and _stacked(outgoing, source)
-        lands = batch == 1 and self._full and _stacked(incoming, target)
+        lands = batch == 1 and self._full and not part and _stacked(incoming, target)
         # What stays here goes through no buffer, but where it stands in the middle of one.
         through = (lies and _inside(outgoing, me)) or (lands and _inside(incoming, me))
         self._kept = None if through or outgoing[me].empty else (outgoing[me], incoming[me])
@@ -95,6 +97,12 @@ class Moving:
         self._sizes = receive
         self._transfer = begin_all_to_all(flat, send, receive, group, into=into, beside=beside)
 
+    def arrived_in(self, out: Tensor) -> None:
+        """Put what arrives into out, the tensor of `target`, and leave the rest of it alone."""
+        assert self._out is None, "made as a part"
+        assert not self._added, "parts do not overlap"
+        self._unpack(self._transfer.received(), out)
+
     def arrived(self) -> Tensor:
         """[B, target.height, target.width, ...] of the dtype of x. To be asked for once."""
         received, x, out = self._transfer.received(), self._x, self._out
@@ -102,16 +110,26 @@ class Moving:
             dtype = torch.promote_types(x.dtype, torch.float32) if self._added else x.dtype
             new = x.new_empty if self._full else x.new_zeros
             out = new(self._shape, dtype=dtype)
-            for rect, piece in zip(self._incoming, received.split(self._sizes), strict=True):
-                if not rect.empty:
-                    here = out[:, *rect.slices(self._target)]
-                    arrived = piece.view(here.shape)
-                    here.add_(arrived) if self._added else here.copy_(arrived)
+            self._unpack(received, out)
+        else:
+            self._keep(out)
+        return out.to(x.dtype)
+
+    def _unpack(self, received: Tensor, out: Tensor) -> None:
+        for rect, piece in zip(self._incoming, received.split(self._sizes), strict=True):
+            if not rect.empty:
+                here = out[:, *rect.slices(self._target)]
+                arrived = piece.view(here.shape)
+                here.add_(arrived) if self._added else here.copy_(arrived)
+        self._keep(out)
+
+    def _keep(self, out: Tensor) -> None:
+        """What goes through no message."""
         if self._kept is not None:
             left, kept = self._kept
-            here, arrived = out[:, *kept.slices(self._target)], x[:, *left.slices(self._source)]
-            here.add_(arrived) if self._added else here.copy_(arrived)
-        return out.to(x.dtype)
+            here = out[:, *kept.slices(self._target)]
+            stays = self._x[:, *left.slices(self._source)]
+            here.add_(stays) if self._added else here.copy_(stays)
 
 
 def packed(parts: Sequence[Tensor]) -> Tensor:

@@ -124,6 +124,16 @@ class AxialTransformerConfig:
         """Raise ValueError where the model cannot be spread over `mesh`."""
         check_divides("model.heads", self.heads, mesh.tensor)
         check_divides("the MLP width of model", self.mlp_width, mesh.tensor)
+        if mesh.overlap > 1 and self.prefix_tokens:
+            raise ValueError(
+                f"mesh.overlap={mesh.overlap}: prefix tokens attend to all tokens at once: allowed "
+                f"is 1 with model.prefix_tokens={self.prefix_tokens}"
+            )
+        if mesh.overlap > 1 and self.axial_config.fusion == "sum":
+            raise ValueError(
+                f"mesh.overlap={mesh.overlap}: summed passes wait for all of a swap: allowed is 1 "
+                "with model.axial_config.fusion=sum"
+            )
         passes = self.passes
         mesh.check_heads(self.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
 

@@ -99,6 +99,7 @@ def _run(
         **config.mesh.degrees,
         exchange=config.mesh.exchange,
         swap=config.mesh.swap,
+        overlap=config.mesh.overlap,
         device_type=device.type,
         timeout=timeout,
     )
