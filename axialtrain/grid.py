@@ -125,6 +125,8 @@ class Place:
     unit: tiles are cut at multiples of it: the cells of one token stay together on finer grids.
     coarse: whether this is the grid of a strided layer, which may be smaller than the mesh: some
         ranks then hold nothing of it.
+    band: (index, count): the index-th of so many bands of whole lines of what a rank holds under
+        ROWS or COLS; (0, 1) is all of it.
     """
 
     height: int
@@ -134,9 +136,11 @@ class Place:
     at: tuple[int, int] = (0, 0)
     unit: int = 1
     coarse: bool = False
+    band: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         rows, cols = self.shape
+        assert self.band == (0, 1) or self.layout is not Layout.TILE, "a tile has no whole lines"
         assert self.height % self.unit == 0 == self.width % self.unit, self
         if not self.coarse and (self.height // self.unit < rows or self.width // self.unit < cols):
             height, width = self.height // self.unit, self.width // self.unit
@@ -159,7 +163,19 @@ class Place:
 
     def rect_of(self, at: tuple[int, int]) -> Rect:
         """What the rank at mesh coordinates `at` holds of the same grid, in the same layout."""
-        return owned_rect(self.height, self.width, self.layout, self.shape, at, self.unit)
+        rect = owned_rect(self.height, self.width, self.layout, self.shape, at, self.unit)
+        index, count = self.band
+        if count == 1:
+            return rect
+        if self.layout is Layout.ROWS:
+            start, stop = split(rect.height, count, index)
+            return Rect(rect.top + start, rect.top + stop, rect.left, rect.right)
+        start, stop = split(rect.width, count, index)
+        return Rect(rect.top, rect.bottom, rect.left + start, rect.left + stop)
+
+    def bands(self, count: int) -> list[Place]:
+        """What is here under ROWS or COLS, in `count` bands of whole lines; some may be empty."""
+        return [replace(self, band=(index, count)) for index in range(count)]
 
     def pixels(self, patch: int, height: int, width: int) -> Rect:
         """What this part holds of a window of height x width px, in px from the window's corner.

@@ -153,6 +153,25 @@ def test_every_layout_holds_each_token_once(case, layout):
         assert max(rect.width for rect in held) - min(rect.width for rect in held) <= 1
 
 
+@given(
+    case=grids_on_meshes(),
+    layout=st.sampled_from([Layout.ROWS, Layout.COLS]),
+    count=st.integers(1, 5),
+)
+def test_bands_hold_the_whole_lines_of_a_rank_each_once(case, layout, count):
+    (height, width), shape = case
+    for at in coordinates(shape):
+        place = Place(height, width, layout, shape, at)
+        held = [band.rect for band in place.bands(count)]
+        assert len(held) == count
+        assert sum(rect.area for rect in held) == place.rect.area
+        assert set().union(*map(cells, held)) == cells(place.rect)
+        across = [rect.height if layout is Layout.ROWS else rect.width for rect in held]
+        along = [rect.width if layout is Layout.ROWS else rect.height for rect in held]
+        assert max(across) - min(across) <= 1
+        assert set(along) == {width if layout is Layout.ROWS else height}
+
+
 @given(case=grids_on_meshes())
 def test_tiles_are_balanced_and_never_empty(case):
     (height, width), shape = case

@@ -80,7 +80,7 @@ class _ProjectHeads(torch.autograd.Function):
             out = None if len(parts) == 1 else x.new_empty(len(lines), *shape)
             for some in parts:
                 part = torch.nn.functional.linear(lines[some].to(wide), matrix, offset)
-                part = part.view(-1, *shape)
+                part = part.view(len(part), *shape)  # w may be 0
                 if number < 2:
                     part = turned(part, _of(rows, some), cols, in_place=True)
                 if out is None:

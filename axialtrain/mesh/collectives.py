@@ -25,10 +25,44 @@ def all_to_all(flat: Tensor, send: Sequence[int], receive: Sequence[int], group:
     Returns [sum(receive)], the messages from them in order.
     Adjoint: the same with `send` and `receive` exchanged (`exchange.redistribute` does that).
     """
+    return begin_all_to_all(flat, send, receive, group).received()
+
+
+class Transfer:
+    """Messages under way. What they are sent from must not change before `received`."""
+
+    def __init__(self, flat: Tensor, out: Tensor, work: dist.Work | None) -> None:
+        self._flat: Tensor | None = flat  # kept until it is sent
+        self._out, self._work = out, work
+
+    def received(self) -> Tensor:
+        """Wait for them: on a GPU only what is computed next does, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        self._flat = self._work = None
+        return self._out
+
+
+def begin_all_to_all(
+    flat: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: Group,
+    *,
+    into: Tensor | None = None,
+    beside: bool = False,
+) -> Transfer:
+    """`all_to_all`, under way. into: [sum(receive)], where the messages go; None makes room.
+
+    beside: return while they travel (on NCCL's own stream, in gloo's own threads). All ranks of
+    `group` then begin and receive their transfers in the same order.
+    """
     group.sent_bytes += (sum(send) - send[group.rank]) * flat.element_size()
-    out = flat.new_empty(sum(receive))
-    dist.all_to_all_single(out, flat, list(receive), list(send), group=group.handle)
-    return out
+    out = flat.new_empty(sum(receive)) if into is None else into
+    work = dist.all_to_all_single(
+        out, flat, list(receive), list(send), group=group.handle, async_op=beside
+    )
+    return Transfer(flat, out, work)
 
 
 def max_over(x: Tensor, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ group that holds all of it. Beside it, `deal_heads` exchanges parts of lines aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,67 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.grid import Layout, Messages, Place, Rect, messages
+from axialtrain.mesh.bands import Bands
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.mesh import Group, Mesh
-
-_NOWHERE = Rect(0, 0, 0, 0)
-
-
-def redistribute(x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group) -> Tensor:
-    """Move tokens from the rectangle that each rank owns to the one that it wants.
-
-    x: [B, owned.height, owned.width, ...]. Returns [B, wanted.height, wanted.width, ...], with
-    zeros where a wanted rectangle reaches outside what anybody owns.
-    Adjoint: the same messages backwards, gradients of what several ranks wanted being added.
-    """
-    if x.dtype is torch.bool:  # a mask: not every backend sends booleans
-        return _Redistribute.apply(x.to(torch.uint8), owned, wanted, plan, group).bool()
-    return _Redistribute.apply(x, owned, wanted, plan, group)
-
-
-class _Redistribute(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group
-    ) -> Tensor:
-        ctx.owned, ctx.wanted, ctx.plan, ctx.group = owned, wanted, plan, group
-        return _move(x, owned, plan.send, wanted, plan.receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x = _move(grads[0], ctx.wanted, ctx.plan.receive, ctx.owned, ctx.plan.send, ctx.group)
-        return x, None, None, None, None
-
-
-def _move(
-    x: Tensor,
-    source: Rect,
-    outgoing: tuple[Rect, ...],
-    target: Rect,
-    incoming: tuple[Rect, ...],
-    group: Group,
-) -> Tensor:
-    """Send the rectangles `outgoing` of x, add the received `incoming` ones into zeros.
-
-    Where they overlap (gradients of what several ranks wanted), in fp32 at least.
-    """
-    batch, rest = x.shape[0], x.shape[3:]
-    per_token, me = batch * rest.numel(), group.rank
-    others = [rect if rank != me else _NOWHERE for rank, rect in enumerate(outgoing)]
-    packed = torch.cat([x[:, *rect.slices(source)].reshape(-1) for rect in others])
-    expected = [rect if rank != me else _NOWHERE for rank, rect in enumerate(incoming)]
-    sizes = [rect.area * per_token for rect in expected]
-    received = all_to_all(packed, [rect.area * per_token for rect in others], sizes, group)
-    del packed  # it may be as large as what was received
-    overlap = sum(rect.area for rect in incoming) > target.area
-    dtype = torch.promote_types(x.dtype, torch.float32) if overlap else x.dtype
-    out = x.new_zeros(batch, target.height, target.width, *rest, dtype=dtype)
-    if not incoming[me].empty:  # what stays here goes through no buffer
-        out[:, *incoming[me].slices(target)] = x[:, *outgoing[me].slices(source)]
-    for rect, chunk in zip(expected, received.split(sizes), strict=True):
-        if not rect.empty:
-            out[:, *rect.slices(target)] += chunk.view(batch, rect.height, rect.width, *rest)
-    return out.to(x.dtype)
+from axialtrain.mesh.moving import packed, redistribute
 
 
 def _peers(
@@ -108,8 +51,7 @@ def _peers(
 
 
 @lru_cache(maxsize=256)
-def _swap_plan(place: Place, layout: Layout, members: tuple[tuple[int, int], ...]) -> Messages:
-    goal = place.under(layout)
+def _plan(place: Place, goal: Place, members: tuple[tuple[int, int], ...]) -> Messages:
     return messages(
         [place.rect_of(at) for at in members],
         [goal.rect_of(at) for at in members],
@@ -137,8 +79,36 @@ def swap(x: Tensor, place: Place, layout: Layout, mesh: Mesh) -> Tensor:
     )
     if group is None or layout is place.layout:
         return x
-    plan = _swap_plan(place, layout, members)
+    plan = _plan(place, place.under(layout), members)
     return redistribute(x, place.rect, place.under(layout).rect, plan, group)
+
+
+def swap_in_bands(
+    x: Tensor, place: Place, layout: Layout, mesh: Mesh
+) -> Iterator[tuple[Tensor, Place]]:
+    """As `swap`, in mesh.overlap bands of whole lines, and where each of them is.
+
+    x: [B, h, w, ...] under place.layout. A band is waited for when it is asked for, while those
+    after it are on their way. layout: ROWS or COLS. Adjoint: the swap back, in the same bands.
+    """
+    goal = place.under(layout)
+    if Layout.TILE not in (place.layout, layout) and mesh.config.swap == "hierarchical":
+        x, place = swap(x, place, Layout.TILE, mesh), place.under(Layout.TILE)
+    direct = place.layout is not Layout.TILE
+    group, members = _peers(
+        place,
+        mesh,
+        across_rows=direct or layout is Layout.COLS,
+        across_cols=direct or layout is Layout.ROWS,
+    )
+    if group is None:
+        yield x, goal
+        return
+    parts = goal.bands(mesh.config.overlap)
+    plans = [_plan(place, part, members) for part in parts]
+    bands = Bands(x, place.rect, [part.rect for part in parts], plans, group)
+    for number, part in enumerate(parts):
+        yield bands.receive(number), part
 
 
 def fetch(
@@ -285,9 +255,9 @@ def _joined(rects: Sequence[Rect]) -> Rect:
 def _to_lines(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
     batch, _, _, heads, width = x.shape
     part = heads // group.size
-    packed = torch.cat([chunk.reshape(-1) for chunk in x.chunk(group.size, 3)])
+    flat = packed(x.chunk(group.size, 3))
     sizes = [batch * rect.area * part * width for rect in rects]
-    received = all_to_all(packed, [sizes[group.rank]] * group.size, sizes, group)
+    received = all_to_all(flat, [sizes[group.rank]] * group.size, sizes, group)
     lines = _joined(rects)
     out = x.new_empty(batch, lines.height, lines.width, part, width)
     for rect, piece in zip(rects, received.split(sizes), strict=True):
@@ -298,9 +268,9 @@ def _to_lines(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
 def _to_tile(x: Tensor, rects: tuple[Rect, ...], group: Group) -> Tensor:
     batch, _, _, part, width = x.shape
     lines, mine = _joined(rects), rects[group.rank]
-    packed = torch.cat([x[:, *rect.slices(lines)].reshape(-1) for rect in rects])
+    flat = packed([x[:, *rect.slices(lines)] for rect in rects])
     sizes = [batch * rect.area * part * width for rect in rects]
-    received = all_to_all(packed, sizes, [sizes[group.rank]] * group.size, group)
+    received = all_to_all(flat, sizes, [sizes[group.rank]] * group.size, group)
     chunks = received.view(group.size, batch, mine.height, mine.width, part, width)
     return rearrange(chunks, "P B h w N C -> B h w (P N) C")
 
@@ -334,6 +304,16 @@ class Exchange(nn.Module):
             return x
         assert self.mesh is not None
         return swap(x, place, layout, self.mesh)
+
+    def in_bands(self, place: Place, layout: Layout) -> bool:
+        """Whether a pass of lines can begin before all of its tokens are here (`bands`)."""
+        lines = layout is not Layout.TILE and layout is not place.layout
+        return self.mesh is not None and self.mesh.config.overlap > 1 and lines
+
+    def bands(self, x: Tensor, place: Place, layout: Layout) -> Iterator[tuple[Tensor, Place]]:
+        """Bands of lines of x under `layout`, and where they are, in turn: see `swap_in_bands`."""
+        assert self.mesh is not None, "a serial model has all lines"
+        return swap_in_bands(x, place, layout, self.mesh)
 
     def fetch(
         self,

@@ -6,7 +6,7 @@ columns of one band of rows. "Axis" is always one of the mesh; a "dim" belongs t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
 
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from axialtrain.grid import Layout, Place
-from axialtrain.mesh.placement import AXES
+from axialtrain.mesh.placement import AXES, Placement
 
 EXCHANGES = ("swap", "heads", "gather")
 SWAPS = ("auto", "direct", "hierarchical")
@@ -33,7 +33,10 @@ class MeshConfig:
         exchanged against heads. "gather": tokens stay; each rank gets the keys and values of its
         lines.
     swap: how tokens get from whole rows to whole columns. "direct": one all-to-all among all ranks
-        of the image. "hierarchical": two, one along each axis, through tiles. "auto": direct.
+        of the image. "hierarchical": two, one along each axis, through tiles. "auto": what
+        `Placement.swap` says of the hosts; direct where nobody told the mesh (`Mesh.placed_on`).
+    overlap: bands of lines in which a swap to whole rows or columns travels, so that one is
+        attended to while the next ones are on their way; 1 waits for all.
     """
 
     data: int = 1
@@ -42,6 +45,7 @@ class MeshConfig:
     tensor: int = 1
     exchange: str = "swap"
     swap: str = "auto"
+    overlap: int = 1
 
     def __post_init__(self) -> None:
         for key, allowed in (("exchange", EXCHANGES), ("swap", SWAPS)):
@@ -52,6 +56,13 @@ class MeshConfig:
         for axis, degree in self.degrees.items():
             if degree < 1:
                 raise ValueError(f"mesh.{axis}={degree}: allowed are whole numbers from 1")
+        if self.overlap < 1:
+            raise ValueError(f"mesh.overlap={self.overlap}: allowed are whole numbers from 1")
+        if self.overlap > 1 and self.exchange != "swap":
+            raise ValueError(
+                f"mesh.overlap={self.overlap}: only swaps travel in bands: allowed is 1 with "
+                f"mesh.exchange={self.exchange}"
+            )
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -64,6 +75,10 @@ class MeshConfig:
 
     def __str__(self) -> str:
         return " x ".join(f"{axis}={degree}" for axis, degree in self.degrees.items())
+
+    def placed_on(self, placement: Placement) -> MeshConfig:
+        """The same, with what is auto chosen by the hosts of the ranks."""
+        return replace(self, swap=placement.swap) if self.swap == "auto" else self
 
     def check_heads(self, heads: int, *, rows: bool, cols: bool) -> None:
         """Raise ValueError where exchange "heads" cannot deal out `heads` heads.
@@ -117,7 +132,7 @@ class Mesh:
 
     A process outside `torch.distributed` is the mesh 1 x 1 x 1 x 1, on the same code path.
 
-    exchange, swap: see `MeshConfig`.
+    exchange, swap, overlap: see `MeshConfig`.
     Raises ValueError where the degrees do not multiply to the number of processes.
     """
 
@@ -130,10 +145,11 @@ class Mesh:
         *,
         exchange: str = "swap",
         swap: str = "auto",
+        overlap: int = 1,
         device_type: str = "cpu",
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.config = MeshConfig(data, row, col, tensor, exchange, swap)
+        self.config = MeshConfig(data, row, col, tensor, exchange, swap, overlap)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.config.size != world:
             raise ValueError(
@@ -155,6 +171,10 @@ class Mesh:
         self.spatial = _group(devices["row", "col"]._flatten("spatial"), timeout)
         self.replicas = _group(devices["data", "row", "col"]._flatten("replicas"), timeout)
         self.world = Group(dist.group.WORLD, dist.get_rank(), tuple(range(world)))
+
+    def placed_on(self, placement: Placement) -> None:
+        """Choose what is auto by the hosts of the ranks, alike on all of them."""
+        self.config = self.config.placed_on(placement)
 
     @property
     def shape(self) -> tuple[int, int]:

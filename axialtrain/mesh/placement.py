@@ -80,6 +80,28 @@ class Placement:
         return {name: found[name] for name in AXES}
 
     @cached_property
+    def swap(self) -> str:
+        """How tokens get from whole rows to whole columns where mesh.swap is auto.
+
+        A rank of R x C holds M bytes. "direct" sends M / (R C) of them to each other rank of the
+        image; "hierarchical" sends M / C to each along col, then M / R to each along row. Summed
+        over the partners that are on another host, that never is less for hierarchical: tokens
+        that change hosts do so in one of its hops at least. It is the same where the hosts' parts
+        of the image are whole along one axis, as then one hop stays inside them; both then send,
+        for each rank, M (1 - 1/H) between H hosts of equal parts, and hierarchical in messages
+        that are C (or R) times as large and as few, for another hop inside the hosts.
+
+        So: the fewer bytes between hosts, of as many the fewer messages, and else direct.
+        """
+        rows, cols = self.degrees["row"], self.degrees["col"]
+        image = _along("row", self.degrees | {"row": rows * cols, "col": 1}, self.hosts)
+        row, col = self.axes["row"].apart, self.axes["col"].apart
+        # In units of M / (R C), and messages.
+        direct = (image.apart, image.apart)
+        hops = (col * rows + row * cols, col + row)
+        return "hierarchical" if hops < direct else "direct"
+
+    @cached_property
     def better(self) -> Better | None:
         """The better order of ranks or mesh; None where there is none.
 

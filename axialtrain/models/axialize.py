@@ -29,6 +29,7 @@ from axialtrain.models import transformer
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import mean_token
 from axialtrain.models.layer import Layer
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.timm_weights import (
     HEAD_DIM,
     axialize_state_dict,
@@ -200,7 +201,7 @@ class Axialized(nn.Module):
         whole = None if valid is None else self.exchange.everywhere(valid, place)
         x, prefix = self._positioned(x, place, whole)
         return transformer.encode(
-            self.blocks,
+            list(self.blocks),
             self.norm,
             self.exchange,
             self.norm_pre(x),
@@ -209,7 +210,7 @@ class Axialized(nn.Module):
             valid,
             whole,
             chance,
-            recompute=self.grad_checkpointing and self.training,
+            recompute=Recompute(int(self.grad_checkpointing and self.training)),
         )
 
     def timm_state_dict(self) -> dict[str, Tensor]:

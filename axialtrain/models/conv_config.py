@@ -18,6 +18,11 @@ DEEPEST, WIDEST = (
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
+    if mesh.overlap > 1:
+        raise ValueError(
+            f"mesh.overlap={mesh.overlap}: convolutional models wait for all of a swap: allowed "
+            "is 1"
+        )
     if mesh.exchange != "swap":
         raise ValueError(
             f"mesh.exchange={mesh.exchange}: convolutional models get whole lines by swapping "

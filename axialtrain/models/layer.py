@@ -138,6 +138,10 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         for number, which in enumerate(self.passes):
             goal = which.enters(place, self.exchange.kind)
+            if not prefix.shape[1] and self.exchange.in_bands(place, goal.layout):
+                x = self._in_bands(x, prefix, place, goal, number, valid, chance, skipped)
+                place = goal
+                continue
             x, place = self.exchange(x, place, goal.layout), goal
             attn, norm = _of(self.attn, number), _of(self.norm1, number)
             out, of_prefix = attn(
@@ -146,6 +150,26 @@ class Layer(nn.Module):
             keep = self._kept(x, chance, number)
             x, prefix = self._added(x, out, keep), self._added(prefix, of_prefix, keep)
         return x, prefix
+
+    def _in_bands(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        goal: Place,
+        number: int,
+        valid: Tensor | None,
+        chance: Chance | None,
+        skipped: int | None,
+    ) -> Tensor:
+        """Pass `number`, of rows or columns, on each band of lines as it arrives."""
+        which, keep = self.passes[number], self._kept(x, chance, number)
+        attn, norm = _of(self.attn, number), _of(self.norm1, number)
+        done = []
+        for lines, here in self.exchange.bands(x, place, goal.layout):
+            out, _ = attn(norm(lines), prefix, here, which, valid, skip=number == skipped)
+            done.append(self._added(lines, out, keep))
+        return torch.cat(done, 3 - which.dims[0])  # along the dim that is not attended to
 
     def _sum(
         self,

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
@@ -23,6 +22,7 @@ from axialtrain.mesh.mesh import MeshConfig, check_divides
 from axialtrain.mesh.projection import Projection
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
+from axialtrain.models.recompute import Recompute, run_layers
 
 FEATURES = "features"  # model.patch where the pixels are vectors, each of which is a token
 
@@ -124,6 +124,16 @@ class AxialTransformerConfig:
         """Raise ValueError where the model cannot be spread over `mesh`."""
         check_divides("model.heads", self.heads, mesh.tensor)
         check_divides("the MLP width of model", self.mlp_width, mesh.tensor)
+        if mesh.overlap > 1 and self.prefix_tokens:
+            raise ValueError(
+                f"mesh.overlap={mesh.overlap}: prefix tokens attend to all tokens at once: allowed "
+                f"is 1 with model.prefix_tokens={self.prefix_tokens}"
+            )
+        if mesh.overlap > 1 and self.axial_config.fusion == "sum":
+            raise ValueError(
+                f"mesh.overlap={mesh.overlap}: summed passes wait for all of a swap: allowed is 1 "
+                "with model.axial_config.fusion=sum"
+            )
         passes = self.passes
         mesh.check_heads(self.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
 
@@ -226,6 +236,7 @@ class AxialTransformer(nn.Module):
         )
         self.norm = Norm(dim)
         self.exchange = Exchange()
+        self.recompute = Recompute()  # of a run, not of the model: the same numbers
         self.apply(init_linear)
 
     def forward(
@@ -269,7 +280,18 @@ class AxialTransformer(nn.Module):
         if self.prefix is not None:
             own = self.prefix if self.prefix_embed is None else self.prefix + self.prefix_embed
             prefix = own.to(x.dtype).expand(x.shape[0], -1, -1)
-        return encode(self.blocks, self.norm, self.exchange, x, prefix, place, valid, whole, chance)
+        return encode(
+            list(self.blocks),
+            self.norm,
+            self.exchange,
+            x,
+            prefix,
+            place,
+            valid,
+            whole,
+            chance,
+            recompute=self.recompute if self.training else None,
+        )
 
 
 def check_inputs(
@@ -298,7 +320,7 @@ def check_inputs(
 
 
 def encode(
-    layers: Iterable[nn.Module],
+    layers: Sequence[nn.Module],
     norm: nn.Module,
     exchange: Exchange,
     x: Tensor,
@@ -308,12 +330,12 @@ def encode(
     whole: Tensor | None,
     chance: Chance | None,
     *,
-    recompute: bool = False,
+    recompute: Recompute | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embedded tokens [B, h, w, D] of a tile and prefix -> the same after `layers` and `norm`.
 
     valid: bool [B, h, w] of the tile; whole: [B, H, W] of the grid. Tokens that are not valid are
-    zeroed before and after. recompute: keep nothing of a layer but its input for backward.
+    zeroed before and after. recompute: what is kept for backward; None keeps everything.
     """
     # No mask where every token of the batch counts: a layer would be slower for nothing. Asked once
     # a forward, of the whole grid, which each rank has: all of them go the same way.
@@ -321,13 +343,8 @@ def encode(
         valid = whole = None
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)
-    for layer in layers:
-        assert isinstance(layer, Layer)
-        if recompute:
-            x, prefix = checkpoint(layer, x, prefix, place, whole, chance, use_reentrant=False)
-        else:
-            x, prefix = layer(x, prefix, place, whole, chance)
-        place = layer.exit(place)
+    again = Recompute() if recompute is None else recompute
+    x, prefix, place = run_layers(layers, x, prefix, place, whole, chance, again)
     x = exchange(norm(x), place, Layout.TILE)
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from axialtrain.data.config import DataConfig
 from axialtrain.mesh.mesh import MeshConfig
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import KINDS, ModelConfig
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.compiled import check_compile
@@ -93,6 +94,8 @@ class TrainConfig:
     precision: "fp32", or "bf16" with fp32 masters in the optimizer.
     compile: whether torch compiles the layers of an axial transformer, one graph for each size of
         the token grid; see `axialtrain.train.compiled` for what it does not go with.
+    recompute: 0 keeps all activations for backward; n keeps the tokens before every n-th layer, and
+        computes the layers again. offload: the share of those tokens that is kept on the host.
     """
 
     steps: int = 100
@@ -102,6 +105,8 @@ class TrainConfig:
     patience: int = 0
     precision: str = "fp32"
     compile: bool = False
+    recompute: int = 0
+    offload: float = 0.0
 
     def __post_init__(self) -> None:
         _check_least("train", self, steps=1, batch=1, micro_batch=1, validate_every=0, patience=0)
@@ -109,6 +114,7 @@ class TrainConfig:
             raise ValueError(
                 f"train.precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}"
             )
+        Recompute(self.recompute, self.offload)  # refuses what it does not allow
 
 
 @dataclass
@@ -234,6 +240,11 @@ class RunConfig:
                 f"model={self.model!r}: allowed is model=NAME of those that `axialtrain models` "
                 f"lists, or of a file that says in its defaults which kind it is: "
                 f"{', '.join(f'{kind}_schema' for kind in KINDS)}"
+            )
+        if self.train.recompute and not isinstance(self.model, AxialTransformerConfig):
+            raise ValueError(
+                f"train.recompute={self.train.recompute}: only an axial transformer can: allowed "
+                "is 0 with a model of another kind"
             )
         if self.init == "":
             raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.mesh.placement import AXES, Placement
 
 NAME = "mesh.txt"
 
 
-def mesh_text(placement: Placement, devices: Sequence[str]) -> str:
-    """What mesh.txt holds. devices: of each rank, as torch names them."""
+def mesh_text(placement: Placement, devices: Sequence[str], config: MeshConfig) -> str:
+    """What mesh.txt holds. devices: of each rank, as torch names them. config: of the mesh, in
+    which nothing is auto any more."""
     degrees, hosts = placement.degrees, placement.hosts
     shape = " x ".join(f"{axis}={degree}" for axis, degree in degrees.items())
     rows: list[tuple[str, ...]] = [("rank", "host", "device", *AXES, "holds")]
@@ -30,10 +32,22 @@ def mesh_text(placement: Placement, devices: Sequence[str]) -> str:
         *table,
         "",
         *axes_lines(placement),
+        *_swap_lines(config),
         "",
         placement.warning or "No axis that talks much crosses hosts without need.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _swap_lines(config: MeshConfig) -> list[str]:
+    """How whole rows become whole columns, where more than one way leads there."""
+    if config.exchange != "swap" or 1 in (config.row, config.col):
+        return []
+    ways = {
+        "direct": "in one exchange among all ranks of an image",
+        "hierarchical": "in two exchanges, along col and along row",
+    }
+    return [f"Whole rows become whole columns {ways[config.swap]} (mesh.swap={config.swap})."]
 
 
 def axes_lines(placement: Placement) -> list[str]:

@@ -19,7 +19,9 @@ from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.mesh.placement import placed
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import build_backbone
+from axialtrain.models.transformer import AxialTransformer
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
@@ -98,6 +100,7 @@ def _run(
         **config.mesh.degrees,
         exchange=config.mesh.exchange,
         swap=config.mesh.swap,
+        overlap=config.mesh.overlap,
         device_type=device.type,
         timeout=timeout,
     )
@@ -108,6 +111,7 @@ def _run(
         *gather_objects((socket.gethostname(), str(device)), mesh.world), strict=True
     )
     placement = placed(config.mesh.degrees, hosts)
+    mesh.placed_on(placement)
     saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
     first = mesh.world.rank == 0
     tracker, refused = None, ""
@@ -121,7 +125,7 @@ def _run(
             step = 0 if saved is None else saved.step
             tracker = Tracker(config.logger, folder, config.name, run_yaml, resumed=step)
             Folder(folder).write("config.yaml", run_yaml.encode())
-            Folder(folder).write(NAME, mesh_text(placement, devices).encode())
+            Folder(folder).write(NAME, mesh_text(placement, devices, mesh.config).encode())
         except (ValueError, OSError) as error:
             refused = str(error)
     refused = gather_objects(refused, mesh.world)[0]
@@ -149,7 +153,10 @@ def _run(
         check_fits(saved, config, loader)
     task = task_of(config)
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
-    model = task.build(build_backbone(config.model))
+    backbone = build_backbone(config.model)
+    if isinstance(backbone, AxialTransformer):
+        backbone.recompute = Recompute(config.train.recompute, config.train.offload)
+    model = task.build(backbone)
     if saved is None:
         # A run that goes on may have a newer checkpoint for the next rank that looks.
         config = replace(config, init=told(lambda: pinned(config), mesh.world))

@@ -5,14 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from axialtrain.bench.exchange import Rates, measure
 from axialtrain.grid import Layout, Place, Rect, messages
-from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
-from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, redistribute, swap
+from axialtrain.mesh import moving
+from axialtrain.mesh.collectives import (
+    Transfer,
+    all_to_all,
+    begin_all_to_all,
+    max_over,
+    sum_over,
+)
+from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, swap
 from axialtrain.mesh.mesh import Mesh
+from axialtrain.mesh.moving import redistribute
 
 BATCH = 2
 
@@ -305,3 +316,38 @@ def uneven(mesh: dict[str, int]) -> tuple[list[float], int]:
     flat = torch.cat([torch.full((n,), 10.0 * me + other) for other, n in enumerate(send)])
     got = all_to_all(flat, send, [me + other for other in ranks], group)
     return got.tolist(), group.sent_bytes
+
+
+def rates(mesh: dict[str, int], **options: Any) -> list[Rates]:
+    """What `axialtrain.bench.exchange` measures."""
+    return measure(Mesh(**mesh), **options)
+
+
+def buffers(
+    mesh: dict[str, int], size: tuple[int, int], batch: int
+) -> dict[str, tuple[bool, bool]]:
+    """Of each swap that sends something: whether it sends from the tokens themselves, and whether
+    it receives into the result itself."""
+    grid, found = Mesh(**mesh), {}
+    for source, goal in itertools.permutations(Layout, 2):
+        x = numbers((batch, *_shape(grid.place(*size, source)), 3), seed=0)
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def seen(flat: Tensor, *args: Any, _calls: Any = calls, **options: Any) -> Transfer:
+            transfer = begin_all_to_all(flat, *args, **options)
+            _calls.append((flat, transfer.received()))
+            return transfer
+
+        with mock.patch.object(moving, "begin_all_to_all", seen):
+            out = swap(x, grid.place(*size, source), goal, grid)
+        for flat, received in calls:
+            found[f"{source.value} -> {goal.value}"] = (_shares(flat, x), _shares(received, out))
+    return found
+
+
+def _shape(place: Place) -> tuple[int, int]:
+    return place.rect.height, place.rect.width
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from axialtrain.mesh.parallelize import parallelize, tensor_dims
 from axialtrain.mesh.per_head import PerHead
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
 PATCH = 2
@@ -47,6 +48,7 @@ class Case:
     skip_axis: float = 0.0
     drop_path: float = 0.0
     head: str = "tokens"
+    recompute: Recompute = field(default_factory=Recompute)
 
 
 @dataclass
@@ -93,6 +95,7 @@ def build(case: Case) -> nn.Module:
             ),
         )
     )
+    backbone.recompute = case.recompute
     model: nn.Module
     if case.head == "tokens":
         model = Segmenter(backbone, classes=3, cells=2).double()
@@ -153,9 +156,9 @@ def serial(case: Case) -> Gradients:
 
 
 def sharded(
-    case: Case, mesh: dict[str, int], exchange: str = "swap", swap: str = "auto"
+    case: Case, mesh: dict[str, int], exchange: str = "swap", swap: str = "auto", overlap: int = 1
 ) -> Gradients:
-    grid = Mesh(**mesh, exchange=exchange, swap=swap)
+    grid = Mesh(**mesh, exchange=exchange, swap=swap, overlap=overlap)
     model = build(case)
     parallelize(model, grid)
     place = grid.place(*case.grid)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from axialtrain.grid import Layout, Place
 from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.mesh.placement import AXES, arguments, placed, placed_on_nodes
 
@@ -180,3 +181,73 @@ def test_what_is_better_is_the_best_that_there_is(case):
     assert (better.degrees != degrees) == (arguments(better.degrees) in placement.warning)
     assert better.by_host or better.degrees != degrees
     assert MeshConfig(**better.degrees).size == len(hosts)
+
+
+# --- From whole rows to whole columns -------------------------------------------------------------
+
+
+def between_hosts(
+    rows: int, cols: int, hosts: Sequence[str], ways: Sequence[Layout]
+) -> tuple[int, int]:
+    """Tokens and messages that cross hosts on the way through `ways`, counted rank by rank on a
+    grid that the mesh divides."""
+    side = rows * cols
+    ranks = list(itertools.product(range(rows), range(cols)))
+    tokens = messages = 0
+    for before, after in itertools.pairwise(ways):
+        for (one, left), (other, right) in itertools.product(enumerate(ranks), repeat=2):
+            source = Place(side, side, before, (rows, cols), left).rect
+            goal = Place(side, side, after, (rows, cols), right).rect
+            sent = source.intersect(goal).area
+            if sent and hosts[one] != hosts[other]:
+                tokens, messages = tokens + sent, messages + 1
+    return tokens, messages
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4).flatmap(
+        lambda rows: st.integers(1, 4).flatmap(
+            lambda cols: st.tuples(
+                st.just(rows),
+                st.just(cols),
+                st.lists(st.sampled_from("abc"), min_size=rows * cols, max_size=rows * cols),
+            )
+        )
+    )
+)
+def test_the_way_from_rows_to_columns_is_the_one_with_less_between_hosts(drawn):
+    rows, cols, hosts = drawn
+    direct = between_hosts(rows, cols, hosts, (Layout.ROWS, Layout.COLS))
+    hops = between_hosts(rows, cols, hosts, (Layout.ROWS, Layout.TILE, Layout.COLS))
+    assert hops[0] >= direct[0]  # never fewer bytes
+    chosen = placed({"row": rows, "col": cols}, hosts).swap
+    assert chosen == ("hierarchical" if hops < direct else "direct")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "degrees", "expected"),
+    [
+        (1, 8, {"row": 2, "col": 4}, "direct"),  # no bytes between hosts
+        (2, 4, {"row": 2, "col": 4}, "hierarchical"),  # col stays inside
+        (2, 8, {"row": 4, "col": 4}, "hierarchical"),  # two bands of rows on each
+        (2, 4, {"data": 2, "row": 2, "col": 2}, "direct"),  # an image on each
+        (4, 4, {"data": 2, "row": 2, "col": 4}, "hierarchical"),  # an image on two
+        (2, 4, {"row": 2, "col": 2, "tensor": 2}, "hierarchical"),
+        (2, 4, {"row": 8}, "direct"),  # there is one way only
+        (2, 4, {"col": 8}, "direct"),
+        (4, 2, {"row": 2, "col": 4}, "direct"),  # both axes cross: two hops send more
+    ],
+    ids=str,
+)
+def test_the_way_from_rows_to_columns(nodes, processes, degrees, expected):
+    assert on_nodes(nodes, processes, **degrees).swap == expected
+
+
+def test_a_mesh_takes_the_way_of_its_placement_where_none_was_asked_for():
+    degrees = {"row": 2, "col": 2}
+    placement = on_nodes(2, 2, **degrees)
+    for asked, expected in (("auto", "hierarchical"), ("direct", "direct")):
+        config = MeshConfig(**degrees, swap=asked)
+        assert config.placed_on(placement).swap == expected
+        assert config.placed_on(placement).degrees == config.degrees

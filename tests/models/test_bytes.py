@@ -36,7 +36,8 @@ LARGE = pytest.param((2, 2, 2), marks=pytest.mark.slow)
 on_each_mesh = pytest.mark.parametrize(
     "mesh", [*MESHES, LARGE], ids="{0[0]}x{0[1]}, tensor {0[2]}".format
 )
-DTYPES = (torch.float32, torch.float64)
+# Tokens travel as they are: in two bytes a value where the model trains in bf16.
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def sent_by(mesh: Mesh, many: Iterable[Layers]) -> list[list[list[tuple[Sent, Sent]]]]:

@@ -123,7 +123,7 @@ def test_the_yaml_is_the_whole_config():
     text = compose_run([SHARDS, "mesh=2x3", "zero=2", "train.steps=7"])[2]
     values = yaml.safe_load(text)
     degrees = {"data": 1, "row": 2, "col": 3, "tensor": 1}
-    assert values["mesh"] == degrees | {"exchange": "swap", "swap": "auto"}
+    assert values["mesh"] == degrees | {"exchange": "swap", "swap": "auto", "overlap": 1}
     assert (values["zero"]["stage"], values["train"]["steps"]) == (2, 7)
     assert "???" not in text
     assert "${" not in text

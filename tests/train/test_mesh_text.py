@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from system_tools import program, root
 
+from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.mesh.placement import placed
 from axialtrain.train.mesh_text import mesh_text
 
@@ -19,7 +20,11 @@ from axialtrain.train.mesh_text import mesh_text
 def test_what_it_says() -> None:
     hosts = ["one"] * 4 + ["two"] * 4
     placement = placed({"data": 2, "row": 2, "tensor": 2}, hosts)
-    lines = mesh_text(placement, [f"cuda:{rank % 4}" for rank in range(8)]).splitlines()
+    lines = mesh_text(
+        placement,
+        [f"cuda:{rank % 4}" for rank in range(8)],
+        MeshConfig(data=2, row=2, tensor=2, swap=placement.swap),
+    ).splitlines()
     assert lines[0] == "mesh data=2 x row=2 x col=1 x tensor=2: 8 ranks on 2 hosts"
     assert lines[2].split() == [
         *("rank", "host", "device", "data", "row", "col", "tensor", "holds")
@@ -40,9 +45,28 @@ def test_what_it_says() -> None:
 
 
 def test_what_it_says_of_one_rank() -> None:
-    text = mesh_text(placed({}, ["one"]), ["cpu"])
+    text = mesh_text(placed({}, ["one"]), ["cpu"], MeshConfig(swap="direct"))
     assert "1 rank on 1 host\n" in text
     assert text.splitlines()[3].endswith("all rows, all columns")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ending"),
+    [
+        (["one"] * 4, "in one exchange among all ranks of an image (mesh.swap=direct)."),
+        (
+            ["one"] * 2 + ["two"] * 2,
+            "in two exchanges, along col and along row (mesh.swap=hierarchical).",
+        ),
+    ],
+)
+def test_it_says_how_rows_become_columns(hosts: list[str], ending: str) -> None:
+    placement = placed({"row": 2, "col": 2}, hosts)
+    config = MeshConfig(row=2, col=2, swap=placement.swap)
+    line = f"Whole rows become whole columns {ending}"
+    assert line in mesh_text(placement, ["cpu"] * 4, config).splitlines()
+    gathered = MeshConfig(row=2, col=2, swap=placement.swap, exchange="gather")
+    assert "whole columns" not in mesh_text(placement, ["cpu"] * 4, gathered)
 
 
 @pytest.mark.slow
