@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from axialtrain.bench.exchange import Rates, measure
 from axialtrain.grid import Layout, Place, Rect, messages
 from axialtrain.mesh.collectives import all_to_all, max_over, sum_over
 from axialtrain.mesh.exchange import Exchange, deal_heads, fetch, redistribute, swap
@@ -305,3 +307,8 @@ def uneven(mesh: dict[str, int]) -> tuple[list[float], int]:
     flat = torch.cat([torch.full((n,), 10.0 * me + other) for other, n in enumerate(send)])
     got = all_to_all(flat, send, [me + other for other in ranks], group)
     return got.tolist(), group.sent_bytes
+
+
+def rates(mesh: dict[str, int], **options: Any) -> list[Rates]:
+    """What `axialtrain.bench.exchange` measures."""
+    return measure(Mesh(**mesh), **options)
