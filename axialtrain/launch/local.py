@@ -277,7 +277,7 @@ def _rank(
     for number in TOLD_BY:
         own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, own)
-    _keep_memory()
+    keep_memory()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -308,7 +308,7 @@ def _rank(
         sys.exit(1)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tell glibc's malloc; others have nothing that could be told."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

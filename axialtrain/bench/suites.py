@@ -1,0 +1,201 @@
+"""The suites by name: run one or all, write what they measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from axialtrain.bench import attention, complexity, exchange_ranks, layer, memory, step
+from axialtrain.bench.page import check_part, replace_part
+from axialtrain.bench.record import Goal, Record, Result, new_file, write_json
+from axialtrain.bench.setting import Case, Setting
+
+Draw = Callable[[Sequence[Result], Path], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """cases: what it measures, in order. missing: what cannot be measured here, and why. on_gpu:
+    whether it has anything to say of one GPU. draw: writes a picture of the results."""
+
+    goals: Mapping[str, Goal]
+    cases: Callable[[Setting], Iterable[Case]]
+    missing: Callable[[Setting], list[str]] = lambda _: []
+    on_gpu: bool = True
+    draw: Draw | None = None
+
+
+SUITES = {
+    "attention": Suite(
+        attention.GOALS,
+        attention.cases,
+    ),
+    "layer": Suite(
+        layer.GOALS,
+        layer.cases,
+        layer.missing,
+    ),
+    "step": Suite(
+        step.GOALS,
+        step.cases,
+        step.missing,
+    ),
+    "exchange": Suite(
+        exchange_ranks.GOALS,
+        exchange_ranks.cases,
+        on_gpu=False,
+    ),
+    "memory": Suite(
+        memory.GOALS,
+        memory.cases,
+    ),
+    "complexity": Suite(
+        complexity.GOALS,
+        complexity.cases,
+        complexity.missing,
+        draw=complexity.draw,
+    ),
+}
+
+
+def begin(name: str) -> str:
+    """The line of a page before the part that a suite writes."""
+    return f"<!-- axialtrain bench {name}: begin -->"
+
+
+def end(name: str) -> str:
+    return f"<!-- axialtrain bench {name}: end -->"
+
+
+def check_suites(names: Sequence[str], allowed: Iterable[str]) -> None:
+    """Raise ValueError where one is unknown."""
+    allowed = list(allowed)
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"suite {name}: allowed are {', '.join(allowed)}")
+
+
+def bench_suite(
+    name: str,
+    out: Path,
+    *,
+    setting: Setting,
+    command: str,
+    only: str = "",
+    minutes: float = math.inf,
+    page: Path | None = None,
+) -> str:
+    """Run, measure, and write `out`, JSON. Returns the table.
+
+    command: by which a person does the same. only: a part of the names of cases that are wanted.
+    minutes: after which no further case begins. page: whose part of this suite to replace.
+    Raises ValueError where `out` is there already, nothing has that name, or time is none.
+    """
+    new_file(out)
+    check_suites([name], SUITES)
+    check_minutes(minutes)
+    if page is not None:
+        check_part(page, begin(name), end(name), key="--page")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = measured(name, setting, command, only=only, minutes=minutes)
+    return write(record, out, page)
+
+
+def check_minutes(minutes: float) -> None:
+    if not minutes > 0:
+        raise ValueError(f"--minutes {minutes}: allowed are numbers above 0")
+
+
+def measured(
+    name: str, setting: Setting, command: str, *, only: str = "", minutes: float = math.inf
+) -> Record:
+    """The record of a suite, whose cases say on the way which of them runs."""
+    suite = SUITES[name]
+    cases = [case for case in suite.cases(setting) if only in case.name]
+    if not cases:
+        names = ", ".join(case.name for case in suite.cases(setting))
+        raise ValueError(f"--only {only}: no case of {name} has that in its name: {names}")
+    until = time.monotonic() + 60 * minutes
+    results: list[Result] = []
+    left_out = []
+    for number, case in enumerate(cases, 1):
+        if time.monotonic() > until:
+            left_out.append(case.name)
+            continue
+        print(f"{name}, {number} of {len(cases)}: {case.name}", flush=True)
+        results += case.run()
+    return Record.now(
+        name,
+        command,
+        setting.device,
+        suite.goals,
+        results=results,
+        left_out=left_out,
+        missing=suite.missing(setting),
+    )
+
+
+def write(record: Record, out: Path, page: Path | None) -> str:
+    """The record, its picture, and its part of the page. Returns the table."""
+    write_json(out, record.as_dict())
+    text = [record.markdown()]
+    draw = SUITES[record.suite].draw
+    if draw is not None:
+        draw(record.results, out.with_suffix(".png"))
+    if page is not None:
+        part = f"\n`{record.command}`\n\n{record.about}:\n\n{record.markdown()}\n"
+        if draw is not None:
+            draw(record.results, page.with_name(f"{record.suite}.png"))
+        replace_part(page, begin(record.suite), end(record.suite), part, key="--page")
+        text.append(f"written: {page}")
+    return "\n".join([*text, f"written: {out}"])
+
+
+def bench_all(
+    out: Path,
+    *,
+    names: Sequence[str],
+    setting: Setting,
+    command: Callable[[str], str],
+    minutes: float = math.inf,
+    page: Path | None = None,
+    others: Mapping[str, Callable[[Path], str]],
+) -> str:
+    """Run suites one after the other into the new folder `out`. Returns all tables.
+
+    A suite's NAME.json is there when it has ended; all.json and all.md when all have. minutes: of
+    all, of which each suite may have its part and what those before it left. others: commands with
+    records of their own, which get the file to write and return a table.
+    Raises ValueError where `out` is there already, or a name is unknown.
+    """
+    check_suites(names, [*SUITES, *others])
+    check_minutes(minutes)
+    if out.exists():
+        raise ValueError(f"--out {out}: allowed is a new folder")
+    for name in names:
+        if page is not None and name in SUITES:
+            check_part(page, begin(name), end(name), key="--page")
+    out.mkdir(parents=True)
+    until = time.monotonic() + 60 * minutes
+    lines = [f"# Measured on {date.today().isoformat()}"]
+    records: dict[str, object] = {}
+    for number, name in enumerate(names):
+        if name in others:
+            file = out / f"{name}.json"
+            lines.append(f"\n## {name}\n\n```\n{others[name](file)}\n```")
+            records[name] = json.loads(file.read_bytes())
+            continue
+        left = max((until - time.monotonic()) / 60, 0) / (len(names) - number)
+        record = measured(name, setting, command(name), minutes=left)
+        write(record, out / f"{name}.json", page)
+        records[name] = record.as_dict()
+        lines.append(f"\n## {name}\n\n{record.about}:\n\n{record.markdown()}")
+    text = "\n".join(lines) + "\n"
+    write_json(out / "all.json", {"date": date.today().isoformat(), "suites": records})
+    (out / "all.md").write_text(text)
+    return f"{text}written: {out}"
