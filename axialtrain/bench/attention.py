@@ -53,13 +53,14 @@ MOST_LOGITS = 2**30  # that the plain formula may make at once
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Square grids on a CPU, lines of growing length and as many tokens each on a GPU."""
-    for dtype in DTYPES:
+    dtypes = DTYPES[::-1] if setting.on_gpu else DTYPES  # what a GPU is for first
+    for dtype in dtypes:
         for lines, length, heads, width in sizes(setting):
             name = f"{lines} x {length}, {heads} x {width}, {dtype_name(dtype)}"
             one = partial(_One, setting, lines, length, heads, width, dtype, name)
             for what, part in PARTS.items():
                 yield Case(f"{what} {name}", partial(_measured, one, part))
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for side in _whole_images(setting):
             name = f"{side} x {side}, {dtype_name(dtype)}"
             yield Case(f"full {name}", partial(_against_full, setting, side, dtype, name))

@@ -54,8 +54,8 @@ class Result:
 class Record:
     """What a suite measured on one day and machine.
 
-    command: by which it was measured. left_out: the cases that time did not suffice for. missing:
-    what could not be measured here, and why.
+    command: by which it was measured. left_out: the cases that time did not suffice for. failed:
+    those that ended with an error, and it. missing: what could not be measured here, and why.
     """
 
     date: str
@@ -66,6 +66,7 @@ class Record:
     goals: dict[str, Goal]
     results: list[Result]
     left_out: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @classmethod
@@ -102,6 +103,7 @@ class Record:
         lines = [aligned(rows)]
         if self.left_out:
             lines.append(f"\nNot measured, as time was up: {'; '.join(self.left_out)}.")
+        lines += [f"\n**Failed**: {one}" for one in self.failed]
         lines += [f"\nNot measured: {one}." for one in self.missing]
         return "\n".join(lines)
 

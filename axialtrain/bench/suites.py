@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import torch
+
 from axialtrain.bench import attention, complexity, exchange_ranks, layer, memory, step
 from axialtrain.bench.page import check_part, replace_part
 from axialtrain.bench.record import Goal, Record, Result, new_file, write_json
 from axialtrain.bench.setting import Case, Setting
+from axialtrain.data.whole import replacing
 
 Draw = Callable[[Sequence[Result], Path], None]
 
@@ -89,8 +93,8 @@ def bench_suite(
     only: str = "",
     minutes: float = math.inf,
     page: Path | None = None,
-) -> str:
-    """Run, measure, and write `out`, JSON. Returns the table.
+) -> tuple[str, bool]:
+    """Run, measure, and write `out`, JSON. Returns the table, and whether no case failed.
 
     command: by which a person does the same. only: a part of the names of cases that are wanted.
     minutes: after which no further case begins. page: whose part of this suite to replace.
@@ -103,7 +107,7 @@ def bench_suite(
         check_part(page, begin(name), end(name), key="--page")
     out.parent.mkdir(parents=True, exist_ok=True)
     record = measured(name, setting, command, only=only, minutes=minutes)
-    return write(record, out, page)
+    return write(record, out, page), not record.failed
 
 
 def check_minutes(minutes: float) -> None:
@@ -114,7 +118,10 @@ def check_minutes(minutes: float) -> None:
 def measured(
     name: str, setting: Setting, command: str, *, only: str = "", minutes: float = math.inf
 ) -> Record:
-    """The record of a suite, whose cases say on the way which of them runs."""
+    """The record of a suite, whose cases say on the way which of them runs.
+
+    One that fails is named, and the others go on: a GPU may be lent for minutes.
+    """
     suite = SUITES[name]
     cases = [case for case in suite.cases(setting) if only in case.name]
     if not cases:
@@ -122,13 +129,19 @@ def measured(
         raise ValueError(f"--only {only}: no case of {name} has that in its name: {names}")
     until = time.monotonic() + 60 * minutes
     results: list[Result] = []
-    left_out = []
+    left_out, failed = [], []
     for number, case in enumerate(cases, 1):
         if time.monotonic() > until:
             left_out.append(case.name)
             continue
         print(f"{name}, {number} of {len(cases)}: {case.name}", flush=True)
-        results += case.run()
+        try:
+            results += case.run()
+        except RuntimeError as error:  # a kernel that is not there, memory that does not suffice
+            said = " ".join(str(error).split())[:300]
+            failed.append(f"{case.name}: {type(error).__name__}: {said}")
+            print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+            torch.cuda.empty_cache()
     return Record.now(
         name,
         command,
@@ -136,6 +149,7 @@ def measured(
         suite.goals,
         results=results,
         left_out=left_out,
+        failed=failed,
         missing=suite.missing(setting),
     )
 
@@ -165,10 +179,11 @@ def bench_all(
     minutes: float = math.inf,
     page: Path | None = None,
     others: Mapping[str, Callable[[Path], str]],
-) -> str:
-    """Run suites one after the other into the new folder `out`. Returns all tables.
+) -> tuple[str, bool]:
+    """Run suites one after the other into the new folder `out`. Returns all tables, and whether no
+    case failed.
 
-    A suite's NAME.json is there when it has ended; all.json and all.md when all have. minutes: of
+    A suite's NAME.json is there when it has ended, and it is in all.json and all.md. minutes: of
     all, of which each suite may have its part and what those before it left. others: commands with
     records of their own, which get the file to write and return a table.
     Raises ValueError where `out` is there already, or a name is unknown.
@@ -184,18 +199,20 @@ def bench_all(
     until = time.monotonic() + 60 * minutes
     lines = [f"# Measured on {date.today().isoformat()}"]
     records: dict[str, object] = {}
+    well = True
     for number, name in enumerate(names):
+        file = out / f"{name}.json"
         if name in others:
-            file = out / f"{name}.json"
             lines.append(f"\n## {name}\n\n```\n{others[name](file)}\n```")
             records[name] = json.loads(file.read_bytes())
-            continue
-        left = max((until - time.monotonic()) / 60, 0) / (len(names) - number)
-        record = measured(name, setting, command(name), minutes=left)
-        write(record, out / f"{name}.json", page)
-        records[name] = record.as_dict()
-        lines.append(f"\n## {name}\n\n{record.about}:\n\n{record.markdown()}")
-    text = "\n".join(lines) + "\n"
-    write_json(out / "all.json", {"date": date.today().isoformat(), "suites": records})
-    (out / "all.md").write_text(text)
-    return f"{text}written: {out}"
+        else:
+            left = max((until - time.monotonic()) / 60, 0) / (len(names) - number)
+            record = measured(name, setting, command(name), minutes=left)
+            write(record, file, page)
+            records[name] = record.as_dict()
+            well = well and not record.failed
+            lines.append(f"\n## {name}\n\n{record.about}:\n\n{record.markdown()}")
+        write_json(out / "all.json", {"date": date.today().isoformat(), "suites": records})
+        with replacing(out / "all.md") as table:
+            table.write(("\n".join(lines) + "\n").encode())
+    return "\n".join([*lines, f"written: {out}"]), well

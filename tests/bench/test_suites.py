@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from repository import REPOSITORY
 
 from axialtrain.bench import arguments, suites
+from axialtrain.bench.__main__ import main as alone
 from axialtrain.bench.record import Goal, Result
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.bench.timing import ratio
@@ -185,6 +182,28 @@ def test_what_time_does_not_suffice_for_is_named(tmp_path, monkeypatch, capsys):
     assert "Not measured, as time was up: ab; b." in capsys.readouterr().out
 
 
+def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    ran = fake(monkeypatch)
+    whole = suites.SUITES["memory"].cases
+
+    def failing() -> list[Result]:
+        raise torch.OutOfMemoryError("tried to allocate\n64 GiB")
+
+    def cases(setting: Setting) -> list[Case]:
+        return [Case("c", failing), *whole(setting)]
+
+    monkeypatch.setitem(suites.SUITES, "memory", suites.Suite({"half": Goal(0.5)}, cases))
+    out = tmp_path / "a.json"
+    assert main(["bench", "memory", "--out", str(out), "--device", "cpu"]) == 1
+    assert ran == ["a", "ab", "b"]
+    record = json.loads(out.read_bytes())
+    assert record["failed"] == ["c: OutOfMemoryError: tried to allocate 64 GiB"]
+    assert len(record["results"]) == 3
+    said = capsys.readouterr()
+    assert "**Failed**: c: OutOfMemoryError" in said.out
+    assert "failed: c: OutOfMemoryError" in said.err
+
+
 def test_a_page_gets_what_the_command_prints(tmp_path, monkeypatch, capsys):
     fake(monkeypatch)
     page = tmp_path / "page.md"
@@ -220,7 +239,7 @@ def test_all_leave_a_record_each_and_one_of_all(tmp_path, monkeypatch, capsys):
     text = (out / "all.md").read_text()
     assert "## memory" in text
     assert "the table of data" in text
-    assert text in capsys.readouterr().out
+    assert text.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -247,6 +266,34 @@ def test_what_cannot_be_is_named(tmp_path, monkeypatch, capsys, words, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "there.json"]
 
 
+@pytest.mark.parametrize("entry", [main, lambda words: alone(words[1:])], ids=["command", "module"])
+def test_a_suite_that_is_none(capsys, entry):
+    with pytest.raises(SystemExit, match="2"):
+        entry(["bench", "speed", "--out", "a.json"])
+    said = capsys.readouterr().err
+    assert "'speed'" in said
+    assert "attention" in said
+
+
+def test_the_module_says_what_is_wrong_in_a_sentence(tmp_path, capsys):
+    assert alone(["memory", "--out", str(tmp_path / "a.txt")]) == 2
+    message = f"axialtrain: --out {tmp_path}/a.txt: allowed is a new file, NAME.json"
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("entry", [main, lambda words: alone(words[1:])], ids=["command", "module"])
+def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, capsys, entry):
+    def interrupted() -> list[Result]:
+        raise KeyboardInterrupt
+
+    suite = suites.Suite({}, lambda _: [Case("a", interrupted)])
+    monkeypatch.setitem(suites.SUITES, "memory", suite)
+    words = ["bench", "memory", "--device", "cpu", "--out", str(tmp_path / "a.json")]
+    assert entry(words) == 130
+    assert capsys.readouterr().err == "axialtrain: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_that_is_not_there(tmp_path, capsys):
     out = tmp_path / "a.json"
@@ -255,92 +302,3 @@ def test_a_gpu_that_is_not_there(tmp_path, capsys):
         "axialtrain: --device cuda: no GPU is here that torch can use: allowed are cpu, auto\n"
     )
     assert capsys.readouterr().err == message
-
-
-# --- The script for a GPU -------------------------------------------------------------------------
-
-THERE = ("torch", "numpy", "einops", "pytest", "axialtrain")  # and what they need themselves
-BLOCKED = [
-    "aiohttp",
-    "axial_attention",
-    "deepspeed",
-    "fairscale",
-    "fsspec",
-    "google_crc32c",
-    "hydra",
-    "hypothesis",
-    "imagecodecs",
-    "lightning_utilities",
-    "matplotlib",
-    "omegaconf",
-    "openslide",
-    "PIL",
-    "rasterio",
-    "safetensors",
-    "tifffile",
-    "timm",
-    "torchmetrics",
-    "torchvision",
-    "tqdm",
-    "wandb",
-    "webdataset",
-    "yaml",
-    "zarr",
-]
-
-
-@pytest.mark.slow
-def test_the_script_needs_torch_numpy_einops_and_pytest(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n"
-    )
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [
-            REPOSITORY / "launch" / "gpu_bench.sh",
-            *("--device", "cpu", "--quick", "--rounds", "1"),
-        ],
-        env=os.environ
-        | {
-            "PYTHONPATH": str(tmp_path),
-            "PYTHON": sys.executable,
-            "OUT": str(out),
-            "TESTS": "forward_and_backward and fp32 and rope",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    every = json.loads((out / "all.json").read_bytes())
-    assert list(every["suites"]) == ["attention", "memory", "layer", "step", "complexity"]
-    for record in every["suites"].values():
-        assert record["results"]
-        assert record["date"] == every["date"]
-        assert record["versions"]["torch"] == torch.__version__
-    missing = [one for record in every["suites"].values() for one in record["missing"]]
-    assert len(missing) == 3  # the package, the gigapixel, the plot
-    assert "axial-attention" in missing[0]
-    assert "matplotlib" in missing[2]
-    text = (out / "all.md").read_text()
-    for name in every["suites"]:
-        assert f"## {name}\n" in text
-    assert "passed" in text.rpartition("## tests")[2]
-    assert "passed" in done.stdout
-
-
-def test_what_is_blocked_is_what_the_project_has():
-    """Else the test above proves nothing."""
-    import tomllib
-
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    names = {word.split(">")[0].split("=")[0].split("<")[0] for word in project["dependencies"]}
-    modules = {
-        "hydra-core": "hydra",
-        "google-crc32c": "google_crc32c",
-        "pyyaml": "yaml",
-        "lightning-utilities": "lightning_utilities",
-    }
-    needed = {modules.get(name, name) for name in names} - {"packaging"}  # pytest's
-    assert needed - set(THERE) <= set(BLOCKED)
