@@ -18,13 +18,13 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 status=0
 # A case that hangs takes no more than its minutes: the suites before it are written by then.
-timeout --signal=INT --kill-after=10 350 "$PYTHON" -u -m axialtrain.bench all --out "$OUT" \
+timeout --foreground --signal=INT --kill-after=10 350 "$PYTHON" -u -m axialtrain.bench all --out "$OUT" \
   --device "$device" --limit 1 --minutes "${MINUTES:-4.5}" \
   --suites memory complexity layer step attention "$@" || status=$?
 [ "$status" != 2 ] || exit 2
 echo "tests"
-timeout "${TEST_SECONDS:-120}" "$PYTHON" -m pytest -c tests/gpu/gpu.ini -q -p no:cacheprovider -m "$marked" \
-  tests/gpu ${TESTS:+-k "$TESTS"} > "$OUT/tests.txt" 2>&1 || status=$?
+timeout --foreground "${TEST_SECONDS:-120}" "$PYTHON" -m pytest -c tests/gpu/gpu.ini -q -p no:cacheprovider \
+  -m "$marked" tests/gpu ${TESTS:+-k "$TESTS"} > "$OUT/tests.txt" 2>&1 || status=$?
 tail -n 5 "$OUT/tests.txt"
 printf '\n## tests\n\n%s\n' "$(tail -n 1 "$OUT/tests.txt")" >> "$OUT/all.md"
 exit "$status"

@@ -125,6 +125,8 @@ def _command(parsed: argparse.Namespace, suite: str) -> str:
 def _suite(parsed: argparse.Namespace) -> int:
     from axialtrain.bench.suites import bench_suite
 
+    if parsed.device == "auto" and parsed.suite not in ON_GPU:
+        parsed.device = "cpu"
     text, well = bench_suite(
         parsed.suite,
         parsed.out,

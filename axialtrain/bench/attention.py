@@ -48,6 +48,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+CHUNK = 2**24  # bytes of logits that may exist at once beside tensors of q's size
 MOST_LOGITS = 2**30  # that the plain formula may make at once
 
 
@@ -168,8 +169,9 @@ class _One:
             logits = self.lines * self.heads * self.length**2 * self.batch[0].element_size()
             if largest is not None:
                 beside = f"{mib(largest)}, all logits {mib(logits)}"
-                what = f"{axis}: largest buffer, of q"
-                found.append(Result(self.name, what, largest / q, "buffer", beside, data))
+                what = f"{axis}: largest buffer, of q or a chunk"
+                value = largest / max(q, CHUNK)
+                found.append(Result(self.name, what, value, "buffer", beside, data))
             if formulas:
                 other, _ = held_at_once(formulas[axis.replace("pass", "formula")], device)
                 beside = f"{mib(held)} against {mib(other)}"

@@ -185,17 +185,21 @@ def draw(results: Sequence[Result], path: Path) -> None:
             linewidth=1,
         )
     panels[2].set_ylabel("FLOP")
-    for axes, title in zip(panels, ("time", "memory held at once", "counted FLOP"), strict=True):
+    for axes, title in zip(
+        panels, ("time, forward and backward", "memory held at once", "counted FLOP"), strict=True
+    ):
         axes.set(xscale="log", yscale="log", xlabel="tokens of the grid", title=title)
         axes.grid(alpha=0.3)
-    panels[0].legend(title="points: measured\nlines: theory")
+    panels[0].legend(title="points: measured\nlines: theory", loc="lower right")
     with replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 
 def _points(axes: Any, points: Sequence[tuple[float, float]], kind: str, number: int) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=kind, markersize=5)
+        axes.plot(
+            *zip(*points, strict=True), "os^"[number], color=f"C{number}", label=kind, markersize=5
+        )
 
 
 def _line(axes: Any, points: Sequence[tuple[float, float]], slope: float, number: int) -> None:

@@ -70,16 +70,21 @@ class Record:
     missing: list[str] = field(default_factory=list)
 
     @classmethod
-    def now(
-        cls, suite: str, command: str, device: torch.device, goals: Mapping[str, Goal], **rest: Any
+    def today(
+        cls,
+        suite: str,
+        command: str,
+        machine: dict[str, Any],
+        goals: Mapping[str, Goal],
+        **rest: Any,
     ) -> Record:
-        """Of today, of this process and its machine. rest: `results` and the others."""
+        """With what is installed here. rest: `results` and the others."""
         return cls(
             date=date.today().isoformat(),
             suite=suite,
             command=command,
             versions=versions(),
-            machine=machine(device),
+            machine=machine,
             goals=dict(goals),
             **rest,
         )
@@ -152,7 +157,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """load: of the last minutes, when this is asked."""
+    """load: of the last minutes, when this is asked: before what is measured makes its own."""
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

@@ -15,7 +15,7 @@ import torch
 
 from axialtrain.bench import attention, complexity, exchange_ranks, layer, memory, step
 from axialtrain.bench.page import check_part, replace_part
-from axialtrain.bench.record import Goal, Record, Result, new_file, write_json
+from axialtrain.bench.record import Goal, Record, Result, machine, new_file, write_json
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.data.whole import replacing
 
@@ -76,12 +76,15 @@ def end(name: str) -> str:
     return f"<!-- axialtrain bench {name}: end -->"
 
 
-def check_suites(names: Sequence[str], allowed: Iterable[str]) -> None:
-    """Raise ValueError where one is unknown."""
-    allowed = list(allowed)
+def check_suites(names: Sequence[str], allowed: Iterable[str], setting: Setting) -> None:
+    """Raise ValueError where one is unknown, or says nothing of a GPU that is to be measured."""
+    allowed = [
+        name for name in allowed if not setting.on_gpu or (name in SUITES and SUITES[name].on_gpu)
+    ]
     for name in names:
         if name not in allowed:
-            raise ValueError(f"suite {name}: allowed are {', '.join(allowed)}")
+            where = " on a GPU" if setting.on_gpu else ""
+            raise ValueError(f"suite {name}: allowed{where} are {', '.join(allowed)}")
 
 
 def bench_suite(
@@ -101,7 +104,7 @@ def bench_suite(
     Raises ValueError where `out` is there already, nothing has that name, or time is none.
     """
     new_file(out)
-    check_suites([name], SUITES)
+    check_suites([name], SUITES, setting)
     check_minutes(minutes)
     if page is not None:
         check_part(page, begin(name), end(name), key="--page")
@@ -128,6 +131,7 @@ def measured(
         names = ", ".join(case.name for case in suite.cases(setting))
         raise ValueError(f"--only {only}: no case of {name} has that in its name: {names}")
     until = time.monotonic() + 60 * minutes
+    where = machine(setting.device)
     results: list[Result] = []
     left_out, failed = [], []
     for number, case in enumerate(cases, 1):
@@ -142,10 +146,10 @@ def measured(
             failed.append(f"{case.name}: {type(error).__name__}: {said}")
             print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
-    return Record.now(
+    return Record.today(
         name,
         command,
-        setting.device,
+        where,
         suite.goals,
         results=results,
         left_out=left_out,
@@ -188,7 +192,7 @@ def bench_all(
     records of their own, which get the file to write and return a table.
     Raises ValueError where `out` is there already, or a name is unknown.
     """
-    check_suites(names, [*SUITES, *others])
+    check_suites(names, [*SUITES, *others], setting)
     check_minutes(minutes)
     if out.exists():
         raise ValueError(f"--out {out}: allowed is a new folder")

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from axialtrain.bench.page import check_part, replace_part
-from axialtrain.bench.record import Goal, Record, Result, aligned, new_file, shown, write_json
+from axialtrain.bench.record import (
+    Goal,
+    Record,
+    Result,
+    aligned,
+    machine,
+    new_file,
+    shown,
+    write_json,
+)
 
 CPU = torch.device("cpu")
 
@@ -22,7 +31,9 @@ def record(**rest) -> Record:
         Result("b, fp32", "tokens/s", 12345.6),
     ]
     goals = {"most": Goal(0.5), "least": Goal(0.85, at_least=True)}
-    return Record.now("attention", "axialtrain bench x", CPU, goals, results=results, **rest)
+    return Record.today(
+        "attention", "axialtrain bench x", machine(CPU), goals, results=results, **rest
+    )
 
 
 def test_a_result_with_a_goal_says_whether_it_is_met(tmp_path):

@@ -266,6 +266,15 @@ def test_what_cannot_be_is_named(tmp_path, monkeypatch, capsys, words, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "there.json"]
 
 
+def test_what_says_nothing_of_a_gpu_is_not_measured_on_one():
+    suites.check_suites(list(arguments.ON_GPU), suites.SUITES, Setting(torch.device("cuda")))
+    with pytest.raises(ValueError, match="suite exchange: allowed on a GPU are attention, layer"):
+        suites.check_suites(["exchange"], suites.SUITES, Setting(torch.device("cuda")))
+    with pytest.raises(ValueError, match="suite data: allowed on a GPU are attention, layer"):
+        every = [*suites.SUITES, "data"]
+        suites.check_suites(["data"], every, Setting(torch.device("cuda")))
+
+
 @pytest.mark.parametrize("entry", [main, lambda words: alone(words[1:])], ids=["command", "module"])
 def test_a_suite_that_is_none(capsys, entry):
     with pytest.raises(SystemExit, match="2"):
