@@ -37,9 +37,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--only", default="", metavar="TEXT", help="cases with that in their names"
         )
-        one.add_argument(
-            "--page", type=Path, metavar="FILE.md", help="a page whose part to replace as well"
-        )
         _where(one)
         one.set_defaults(command=_suite, suite=name)
     every = benches.add_parser("all", help="all of these one after the other, and data")
@@ -50,11 +47,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SUITE",
         help="these of them, in this order; on a GPU those that it says something of",
     )
-    every.add_argument(
-        "--page", type=Path, metavar="FILE.md", help="a page whose parts to replace as well"
-    )
     _where(every)
     every.set_defaults(command=_all)
+
+    page = benches.add_parser("page", help="put records into a page, as docs/benchmarks.md")
+    page.add_argument("page", type=Path, metavar="FILE.md")
+    page.add_argument("records", type=Path, nargs="+", metavar="FILE.json")
+    page.set_defaults(command=_page)
 
     saving = benches.add_parser(
         "checkpoint", help="for how long saving keeps training from going on: [key=value ...]"
@@ -134,7 +133,6 @@ def _suite(parsed: argparse.Namespace) -> int:
         command=_command(parsed, parsed.suite),
         only=parsed.only,
         minutes=parsed.minutes,
-        page=parsed.page,
     )
     print(text)
     return 0 if well else 1
@@ -151,11 +149,17 @@ def _all(parsed: argparse.Namespace) -> int:
         setting=setting,
         command=lambda suite: _command(parsed, suite),
         minutes=parsed.minutes,
-        page=parsed.page,
         others={"data": lambda out: _data_of(out, quick=parsed.quick)},
     )
     print(text)
     return 0 if well else 1
+
+
+def _page(parsed: argparse.Namespace) -> int:
+    from axialtrain.bench.fill import fill
+
+    print(fill(parsed.page, parsed.records))
+    return 0
 
 
 def _data_of(out: Path, *, quick: bool) -> str:

@@ -152,7 +152,7 @@ class _One:
             if best is not None:
                 goal = "sdpa gpu" if on_gpu else None
                 what = f"of the rate of torch's {best} on contiguous lines"
-                found.append(_rate(self.name, rounds, f"{axis} pass", best, what, goal))
+                found.append(over(f"{axis} pass", best, what, goal, rate=True))
         goal = "column gpu" if on_gpu else "column"
         found.append(over("column pass", "row pass", "of a row pass", goal))
         return found
@@ -216,9 +216,7 @@ class _One:
             if fused:
                 best = min(fused, key=rounds.median)
                 what = f"of the rate of torch's {best} without bias"
-                found.append(
-                    _rate(self.name, rounds, f"{axis} relative", best, what, "relative gpu")
-                )
+                found.append(over(f"{axis} relative", best, what, "relative gpu", rate=True))
         return found
 
 
@@ -271,14 +269,16 @@ def _both(rounds: Rounds, way: str, other: str) -> str:
 
 
 def _over(
-    case: str, rounds: Rounds, way: str, other: str, what: str, goal: str | None = None
+    case: str,
+    rounds: Rounds,
+    way: str,
+    other: str,
+    what: str,
+    goal: str | None = None,
+    *,
+    rate: bool = False,
 ) -> Result:
+    """way's time over the other's, or its rate over the other's."""
+    value = rounds.ratio(other, way) if rate else rounds.ratio(way, other)
     data = {name: rounds.seconds[name] for name in (way, other)}
-    value = rounds.ratio(way, other)
-    return Result(case, f"{way}, {what}", value, goal, _both(rounds, way, other), data)
-
-
-def _rate(case: str, rounds: Rounds, way: str, other: str, what: str, goal: str | None) -> Result:
-    data = {name: rounds.seconds[name] for name in (way, other)}
-    value = rounds.ratio(other, way)
     return Result(case, f"{way}, {what}", value, goal, _both(rounds, way, other), data)

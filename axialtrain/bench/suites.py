@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from axialtrain.bench import attention, complexity, exchange_ranks, layer, memory, step
-from axialtrain.bench.page import check_part, replace_part
 from axialtrain.bench.record import Goal, Record, Result, machine, new_file, write_json
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.data.whole import replacing
@@ -67,15 +66,6 @@ SUITES = {
 }
 
 
-def begin(name: str) -> str:
-    """The line of a page before the part that a suite writes."""
-    return f"<!-- axialtrain bench {name}: begin -->"
-
-
-def end(name: str) -> str:
-    return f"<!-- axialtrain bench {name}: end -->"
-
-
 def check_suites(names: Sequence[str], allowed: Iterable[str], setting: Setting) -> None:
     """Raise ValueError where one is unknown, or says nothing of a GPU that is to be measured."""
     allowed = [
@@ -95,22 +85,19 @@ def bench_suite(
     command: str,
     only: str = "",
     minutes: float = math.inf,
-    page: Path | None = None,
 ) -> tuple[str, bool]:
     """Run, measure, and write `out`, JSON. Returns the table, and whether no case failed.
 
     command: by which a person does the same. only: a part of the names of cases that are wanted.
-    minutes: after which no further case begins. page: whose part of this suite to replace.
+    minutes: after which no further case begins.
     Raises ValueError where `out` is there already, nothing has that name, or time is none.
     """
     new_file(out)
     check_suites([name], SUITES, setting)
     check_minutes(minutes)
-    if page is not None:
-        check_part(page, begin(name), end(name), key="--page")
     out.parent.mkdir(parents=True, exist_ok=True)
     record = measured(name, setting, command, only=only, minutes=minutes)
-    return write(record, out, page), not record.failed
+    return write(record, out), not record.failed
 
 
 def check_minutes(minutes: float) -> None:
@@ -158,20 +145,13 @@ def measured(
     )
 
 
-def write(record: Record, out: Path, page: Path | None) -> str:
-    """The record, its picture, and its part of the page. Returns the table."""
+def write(record: Record, out: Path) -> str:
+    """The record and its picture. Returns the table."""
     write_json(out, record.as_dict())
-    text = [record.markdown()]
     draw = SUITES[record.suite].draw
     if draw is not None:
         draw(record.results, out.with_suffix(".png"))
-    if page is not None:
-        part = f"\n`{record.command}`\n\n{record.about}:\n\n{record.markdown()}\n"
-        if draw is not None:
-            draw(record.results, page.with_name(f"{record.suite}.png"))
-        replace_part(page, begin(record.suite), end(record.suite), part, key="--page")
-        text.append(f"written: {page}")
-    return "\n".join([*text, f"written: {out}"])
+    return f"{record.markdown()}\nwritten: {out}"
 
 
 def bench_all(
@@ -181,7 +161,6 @@ def bench_all(
     setting: Setting,
     command: Callable[[str], str],
     minutes: float = math.inf,
-    page: Path | None = None,
     others: Mapping[str, Callable[[Path], str]],
 ) -> tuple[str, bool]:
     """Run suites one after the other into the new folder `out`. Returns all tables, and whether no
@@ -196,9 +175,6 @@ def bench_all(
     check_minutes(minutes)
     if out.exists():
         raise ValueError(f"--out {out}: allowed is a new folder")
-    for name in names:
-        if page is not None and name in SUITES:
-            check_part(page, begin(name), end(name), key="--page")
     out.mkdir(parents=True)
     until = time.monotonic() + 60 * minutes
     lines = [f"# Measured on {date.today().isoformat()}"]
@@ -212,7 +188,7 @@ def bench_all(
         else:
             left = max((until - time.monotonic()) / 60, 0) / (len(names) - number)
             record = measured(name, setting, command(name), minutes=left)
-            write(record, file, page)
+            write(record, file)
             records[name] = record.as_dict()
             well = well and not record.failed
             lines.append(f"\n## {name}\n\n{record.about}:\n\n{record.markdown()}")

@@ -204,20 +204,6 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     assert "failed: c: OutOfMemoryError" in said.err
 
 
-def test_a_page_gets_what_the_command_prints(tmp_path, monkeypatch, capsys):
-    fake(monkeypatch)
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{suites.begin('memory')}\n{suites.end('memory')}\nafter\n")
-    run("memory", tmp_path, "--page", str(page))
-    text = page.read_text()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert "\n".join(table) in text
-    assert "`axialtrain bench memory --out memory.json --device cpu --quick --rounds 2`" in text
-    assert f"torch {torch.__version__}" in text
-    assert text.startswith("before\n<!--")
-    assert text.endswith("-->\nafter\n")
-
-
 def test_all_leave_a_record_each_and_one_of_all(tmp_path, monkeypatch, capsys):
     ran = fake(monkeypatch)
     monkeypatch.setattr(
@@ -253,7 +239,6 @@ def test_all_leave_a_record_each_and_one_of_all(tmp_path, monkeypatch, capsys):
         (["layer", "--out", "a.json", "--limit", "0"], "--limit 0.0: allowed are numbers above 0"),
         (["layer", "--out", "a.json", "--minutes", "-1"], "--minutes -1.0: allowed are numbers"),
         (["layer", "--out", "a.json", "--only", "x9"], "--only x9: no case of layer has that"),
-        (["layer", "--out", "a.json", "--page", "there.json"], "--page there.json: allowed is a"),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path, monkeypatch, capsys, words, message):
