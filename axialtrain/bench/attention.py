@@ -132,6 +132,8 @@ class _One:
             way = there_and_back(partial(_with, backend), *self.batch)
             try:
                 way()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # no kernel of it for this dtype, width or GPU
                 continue
             found[name] = way
