@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from axialtrain.attention.chunked import Bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
 from axialtrain.attention.positions import relative_bias, widened
 from axialtrain.grid import Rect, window_bands
@@ -69,7 +70,7 @@ def attend_windows(
                 cut(one_v),
                 mask=None if mask is None else cut(mask),
                 prefix=prefix,
-                bias=None if tables is None else partial(_area_bias, tables, *first),
+                bias=None if tables is None else _area_bias(tables, *first),
             )
             pieces.append(
                 rearrange(out, "B (i j) (a b) N K -> B (i a) (j b) N K", i=i, j=j, a=a, b=b)
@@ -104,7 +105,7 @@ def attend_all(
         v.flatten(1, 2)[:, None],
         mask=None if key_mask is None else key_mask.flatten(1, 2)[:, None],
         prefix=prefix,
-        bias=None if tables is None else partial(_area_bias, tables, queries, grid),
+        bias=None if tables is None else _area_bias(tables, queries, grid),
     )
     return out[:, 0].unflatten(1, q.shape[1:3])
 
@@ -117,11 +118,17 @@ def _widened(bias: Tables | None) -> Tables | None:
     return None if bias is None else (widened(bias[0]), widened(bias[1]))
 
 
-def _area_bias(tables: Tables, queries: Rect, keys: Rect, start: int, stop: int) -> Tensor:
-    """[N, stop - start, keys]: of queries start..stop of a rectangle, taken row by row."""
-    index = torch.arange(start, stop, device=tables[0].device)
-    vertical = relative_bias(tables[0], (queries.top, queries.bottom), (keys.top, keys.bottom))
-    horizontal = relative_bias(tables[1], (queries.left, queries.right), (keys.left, keys.right))
-    vertical = vertical[:, index // queries.width]
-    horizontal = horizontal[:, index % queries.width]
-    return (vertical[..., None] + horizontal[..., None, :]).flatten(2)
+def _area_bias(tables: Tables, queries: Rect, keys: Rect) -> Bias:
+    """Of the queries of a rectangle, taken row by row."""
+
+    def of(tables: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
+        index = torch.arange(start, stop, device=tables[0].device)
+        vertical = relative_bias(tables[0], (queries.top, queries.bottom), (keys.top, keys.bottom))
+        horizontal = relative_bias(
+            tables[1], (queries.left, queries.right), (keys.left, keys.right)
+        )
+        vertical = vertical[:, index // queries.width]
+        horizontal = horizontal[:, index % queries.width]
+        return (vertical[..., None] + horizontal[..., None, :]).flatten(2)
+
+    return Bias(tables, of)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
+from axialtrain.attention.chunked import Bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
 from axialtrain.attention.positions import relative_bias, widened
 
@@ -17,22 +16,29 @@ def attend(
     dim: int,
     *,
     key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     offset: int = 0,
     prefix: Prefix | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """softmax(q k^T scale + bias) v along one axis, each line of the other axis by itself.
 
     q: [B, H, W, N, K]; k, v: the same, or longer along `dim`; last dim contiguous.
     dim: 2 attends along rows (a row is a line of length W), 1 along columns.
     key_mask: bool [B, H, W] of k, True where a token is a key. A line without any gives zeros.
+    query_mask: bool [B, H, W] of q, True where a token asks; the others get zeros. All ask where
+        it is not given, those that are no keys too.
     bias: a relative table [N, 2 S - 1], see `relative_bias`. With it, logits exist in chunks, which
         are computed again in backward: no buffer of all L^2 logits.
     scale: K ** -0.5 where not given.
     offset: coordinate of the first query along `dim`, where that of the first key is 0.
     prefix: keys and values [B, n, N, K] that join every line, without bias.
+    kernel: "auto", or one of `kernels.KERNELS` for attention without bias.
     Returns [B, H, W, N, K], of q's size.
+
+    Where many tokens are masked, on both sides, they cost nothing: see `compact`.
 
     Tied row attention (MSA Transformer: one attention map for all rows) is this function with the
     rows folded into the head width: see docs/attention.md.
@@ -41,14 +47,29 @@ def attend(
         raise ValueError(f"attend: dim={dim}: allowed are 1 (columns) and 2 (rows)")
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, k, v, bias, *(prefix or ()))
-    of_queries = None if bias is None else partial(_bias, widened(bias), offset, k.shape[dim])
-    if dim == 2:
-        return attend_lines(q, k, v, mask=key_mask, bias=of_queries, prefix=prefix, scale=scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None if key_mask is None else key_mask.transpose(1, 2)
-    out = attend_lines(q, k, v, mask=mask, bias=of_queries, prefix=prefix, scale=scale, across=True)
-    return out.transpose(1, 2)
+    learned = None if bias is None else _bias(bias, offset, k.shape[dim])
+    if dim == 1:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        key_mask, query_mask = (
+            None if mask is None else mask.transpose(1, 2) for mask in (key_mask, query_mask)
+        )
+    out = attend_lines(
+        q,
+        k,
+        v,
+        mask=key_mask,
+        query_mask=query_mask,
+        bias=learned,
+        prefix=prefix,
+        scale=scale,
+        across=dim == 1,
+        kernel=kernel,
+    )
+    return out.transpose(1, 2) if dim == 1 else out
 
 
-def _bias(table: Tensor, offset: int, length: int, start: int, stop: int) -> Tensor:
-    return relative_bias(table, (offset + start, offset + stop), (0, length))
+def _bias(table: Tensor, offset: int, length: int) -> Bias:
+    def of(tables: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
+        return relative_bias(tables[0], (offset + start, offset + stop), (0, length))
+
+    return Bias((widened(table),), of)

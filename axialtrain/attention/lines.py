@@ -5,18 +5,19 @@ A line is any set of tokens that attend to each other: a row, a column, a window
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**22  # logits that exist at a time where there is a bias: 16 MB in fp32
+from axialtrain.attention.chunked import CPU_CHUNK, Bias, attend_in_chunks
+from axialtrain.attention.compact import attend_compacted, plan
+from axialtrain.attention.kernels import kernel_for, lines_at_a_time
+
+CHUNK = 2**22  # logits that exist at a time in chunks, at most: 16 MB in fp32
 
 Prefix = tuple[Tensor, Tensor]  # keys and values [B, n, N, K] that belong to every line
-Bias = Callable[[int, int], Tensor]  # [N, stop - start, L]: of queries start..stop of a line
 
 
 def attend_lines(
@@ -25,24 +26,38 @@ def attend_lines(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Bias | None = None,
     prefix: Prefix | None = None,
     scale: float | None = None,
     across: bool = False,
+    kernel: str = "auto",
 ) -> Tensor:
     """softmax(q k^T scale + bias) v, each of X lines by itself.
 
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K].
     mask: bool [B, X, L], True where a token is a key. A line without any gives zeros.
+    query_mask: bool [B, X, Lq], True where a token asks; others get zeros. All ask where not given.
     bias: the same for all lines. With one, logits exist in chunks, which are computed again in
         backward: fused kernels take no learned bias (flash), or keep its gradient at the size of
         all logits (memory-efficient).
     prefix: keys and values that join every line, without bias.
     scale: K ** -0.5 where not given.
     across: whether lines lie across memory, so that [B, L, X, N, K] is what is contiguous.
+    kernel: one of `kernels.KERNELS`, for attention without bias.
     Returns [B, X, Lq, N, K]. Nothing may be empty: see `nothing`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kernel = kernel_for(q, k, kernel)
+    if mask is not None and bias is None and not torch.compiler.is_compiling():
+        asking = torch.ones_like(q[..., 0, 0], dtype=torch.bool)
+        asking = asking if query_mask is None else query_mask
+        compact = plan(mask, asking, across=across, alone=prefix is None)
+        if compact is not None:
+            if not compact.lines:
+                return nothing(q, k, v, *(prefix or ()))
+            attention = partial(_attend, scale=scale, across=False, kernel=kernel)
+            return attend_compacted(q, k, v, compact, attention, prefix=prefix, across=across)
     if prefix is not None:
         k, v, mask = _joined(k, v, mask, prefix, across)
     some = None
@@ -50,10 +65,11 @@ def attend_lines(
         some = mask.any(2, keepdim=True)
         # softmax over nothing is NaN: such a line attends to everything, and is zeroed below.
         mask = mask | ~some
-    if bias is not None:
-        out = _in_chunks(q, k, v, mask, bias, scale)
-    else:
-        out = _fused(q, k, v, mask, scale, across)
+        if query_mask is not None:
+            some = some & query_mask
+    elif query_mask is not None:
+        some = query_mask
+    out = _attend(q, k, v, mask, bias, scale=scale, across=across, kernel=kernel)
     return out if some is None else out.masked_fill(~some[..., None, None], 0.0)
 
 
@@ -90,6 +106,51 @@ def _joined(
     return k, v, mask
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Bias | None = None,
+    *,
+    scale: float,
+    across: bool,
+    kernel: str,
+) -> Tensor:
+    """Lines that have a key each: in chunks, or fused."""
+    if bias is not None or kernel == "chunks":
+        chunk = min(CHUNK, CPU_CHUNK) if q.device.type == "cpu" else CHUNK
+        return attend_in_chunks(q, k, v, mask=mask, bias=bias, scale=scale, chunk=chunk)
+    images, lines = lines_at_a_time(q, k, across)
+    # split, not slices: their gradients are joined once, not added up at full size.
+    by_image = []
+    for q1, k1, v1, mask1 in _split(images, 0, q, k, v, mask):
+        by_line = [
+            _fused(q2, k2, v2, mask2, scale, across)
+            for q2, k2, v2, mask2 in _split(lines, 1, q1, k1, v1, mask1)
+        ]
+        by_image.append(_cat(by_line, 1, across))
+    return _cat(by_image, 0, across)
+
+
+def _split(
+    size: int, dim: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    if size >= q.shape[dim]:
+        return [(q, k, v, mask)]
+    parts = q.split(size, dim)
+    masks = [None] * len(parts) if mask is None else mask.split(size, dim)
+    return list(zip(parts, k.split(size, dim), v.split(size, dim), masks, strict=True))
+
+
+def _cat(parts: list[Tensor], dim: int, across: bool) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if across:  # joined in memory's order
+        return torch.cat([part.transpose(1, 2) for part in parts], 2 * dim).transpose(1, 2)
+    return torch.cat(parts, dim)
+
+
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, across: bool
 ) -> Tensor:
@@ -104,78 +165,3 @@ def _fused(
     keys = None if mask is None else mask.flatten(0, 1)[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
     return out.transpose(1, 2).unflatten(0, (images, lines))
-
-
-def _in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Bias, scale: float
-) -> Tensor:
-    images, lines, queries, heads, _ = q.shape
-    whole = CHUNK // (queries * heads * k.shape[2])  # lines in a chunk; 0: not even one
-    sizes = (
-        max(1, min(whole // lines, images)),
-        max(1, min(whole, lines)),
-        queries if whole else max(1, CHUNK // (heads * k.shape[2])),
-    )
-    # split, not slices: their gradients are joined once, not added up at full size.
-    by_image = []
-    for q1, k1, v1, mask1 in _split(sizes[0], 0, q, k, v, mask):
-        by_line = []
-        for q2, k2, v2, mask2 in _split(sizes[1], 1, q1, k1, v1, mask1):
-            parts, start = [], 0
-            if sizes[2] < queries:  # gradients from many parts: added up in fp32 at least
-                k2, v2 = _wide(k2), _wide(v2)
-            for part in q2.split(sizes[2], 2):
-                stop = start + part.shape[2]
-                parts.append(
-                    checkpoint(
-                        _with_bias,
-                        part,
-                        k2,
-                        v2,
-                        mask2,
-                        partial(bias, start, stop),
-                        scale,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                )
-                start = stop
-            by_line.append(_cat(parts, 2))
-        by_image.append(_cat(by_line, 1))
-    return _cat(by_image, 0)
-
-
-def _split(
-    size: int, dim: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    parts = q.split(size, dim)
-    masks = [None] * len(parts) if mask is None else mask.split(size, dim)
-    return list(zip(parts, k.split(size, dim), v.split(size, dim), masks, strict=True))
-
-
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _with_bias(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Callable[[], Tensor],
-    scale: float,
-) -> Tensor:
-    # Logits in fp32 at least, as fused kernels keep theirs.
-    logits = torch.einsum("b x q n k, b x s n k -> b x n q s", _wide(q) * scale, _wide(k))
-    added = _wide(bias())
-    if missing := logits.shape[-1] - added.shape[-1]:  # keys of the prefix have none
-        added = F.pad(added, (missing, 0))
-    logits = logits + added
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None, None], -torch.inf)
-    out = torch.einsum("b x n q s, b x s n k -> b x q n k", logits.softmax(-1).to(v.dtype), v)
-    return out.to(q.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -130,7 +130,20 @@ class AxialAttention(nn.Module):
             k, v = self._fetched(
                 k, v, place, lambda own: _stretched(own, place, dim), rows=dim == 1, cols=dim == 2
             )
-        out = attend(q, k, v, dim, key_mask=mask, bias=bias, offset=offset, prefix=prefix)
+        asking = (
+            mask if kind != "gather" or valid is None else valid[:, *place.rect.slices(place.grid)]
+        )
+        out = attend(
+            q,
+            k,
+            v,
+            dim,
+            key_mask=mask,
+            query_mask=asking,
+            bias=bias,
+            offset=offset,
+            prefix=prefix,
+        )
         return self.exchange.collect_heads(out, place, dim) if kind == "heads" else out
 
     def _windows(

@@ -1,0 +1,227 @@
+"""Attention in chunks of lines and queries, from batched matrix products.
+
+No more logits than a chunk's exist at a time, and nothing of them is kept: backward computes a
+chunk again. This is what takes a learned bias without a buffer of all logits, and what is fastest
+where a fused kernel is slow in 16 bits (docs/attention.md, "Kernels").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits that exist at a time on a CPU: what its caches hold (2 MB in fp32).
+CPU_CHUNK = 2**19
+
+# [N, stop - start, L] from the tables: of the queries start..stop of a line.
+BiasOf = Callable[[tuple[Tensor, ...], int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A learned bias that is the same for all lines: `of(tables, start, stop)` for some queries.
+
+    It is made from its tables where it is needed, so that none of all queries need be kept.
+    """
+
+    tables: tuple[Tensor, ...]
+    of: BiasOf
+
+
+def attend_in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Bias | None,
+    scale: float,
+    chunk: int,
+) -> Tensor:
+    """softmax(q k^T scale + bias) v; computed in fp32 at least, and rounded to q's dtype once.
+
+    q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K], in any order in memory. mask: bool [B, X, L], with
+    a key in every line. bias: of the last keys; those before (of a prefix) have none. chunk: how
+    many logits exist at a time. Gradients of first order only.
+    Returns [B, X, Lq, N, K], in memory ordered as q.
+    """
+    tables, of = ((), None) if bias is None else (bias.tables, bias.of)
+    out: Tensor = _Chunks.apply(q, k, v, mask, scale, chunk, of, *tables)
+    return out
+
+
+class _Sizes(NamedTuple):
+    """Of a chunk. Several lines hold all of their queries; several images all of their lines."""
+
+    images: int
+    lines: int
+    queries: int
+
+
+def _sizes(q: Tensor, k: Tensor, chunk: int) -> _Sizes:
+    images, lines, queries, heads, _ = q.shape
+    whole = chunk // (queries * heads * k.shape[2])  # lines in a chunk; 0: not even one
+    return _Sizes(
+        max(1, min(whole // lines, images)),
+        max(1, min(whole, lines)),
+        queries if whole else max(1, chunk // (heads * k.shape[2])),
+    )
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        chunk: int,
+        of: BiasOf | None,
+        *tables: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask, *tables)
+        ctx.scale, ctx.chunk, ctx.of = scale, chunk, of
+        walk, out = _Walk(q, k, mask, scale, chunk, of, tables), torch.empty_like(q)
+        with torch.autocast(q.device.type, enabled=False):
+            for here in walk.lines():
+                q1, k1, v1 = (_folded(x[here]) for x in (q, k, v))
+                for start, stop in walk.queries():
+                    weights, _ = walk.weights(q1[:, start:stop], k1, here, start, stop)
+                    _put(out[here], start, stop, weights @ v1)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, *tables = ctx.saved_tensors
+        scale = ctx.scale
+        walk = _Walk(q, k, mask, scale, ctx.chunk, ctx.of, tuple(tables))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            for here in walk.lines():
+                q1, k1, v1, g1 = (_folded(x[here]) for x in (q, k, v, grad))
+                sums: tuple[Tensor, Tensor] | None = None  # gradients of keys and values
+                for start, stop in walk.queries():
+                    q2, g2 = q1[:, start:stop], g1[:, start:stop]
+                    weights, spare = walk.weights(q2, k1, here, start, stop)
+                    of_v = weights.transpose(1, 2) @ g2
+                    torch.bmm(g2, v1.transpose(1, 2), out=spare)
+                    # In place: a row's sum is taken before its entries are written.
+                    logits = torch.ops.aten._softmax_backward_data.out(
+                        spare, weights, -1, spare.dtype, grad_input=spare
+                    )
+                    walk.learn(logits, start, stop)
+                    _put(dq[here], start, stop, (logits @ k1).mul_(scale))
+                    of_k = (logits.transpose(1, 2) @ q2).mul_(scale)
+                    sums = (of_k, of_v) if sums is None else (sums[0] + of_k, sums[1] + of_v)
+                assert sums is not None
+                for x, total in zip((dk, dv), sums, strict=True):
+                    _put(x[here], 0, x.shape[2], total)
+            return dq, dk, dv, None, None, None, None, *walk.learned()
+
+
+class _Walk:
+    """The way through the chunks of a call, and the two buffers that they share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        chunk: int,
+        of: BiasOf | None,
+        tables: tuple[Tensor, ...],
+    ) -> None:
+        self.images, self.across, self.length, self.heads, _ = q.shape
+        self.keys, self.mask, self.scale = k.shape[2], mask, scale
+        self.of, self.tables = of, tables
+        self.sizes = _sizes(q, k, chunk)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        size = self.sizes.images * self.sizes.lines * self.sizes.queries * self.heads * self.keys
+        self.buffers = [torch.empty(size, dtype=wide, device=q.device) for _ in range(2)]
+        # Of whole lines the bias is one for all chunks, and its gradient is added up over them.
+        self.whole = self.sizes.queries == self.length
+        self.bias = of(tables, 0, self.length) if of is not None and self.whole else None
+        self.of_bias: Tensor | None = None
+        self.of_tables: tuple[Tensor, ...] = ()
+
+    def lines(self) -> Iterator[tuple[slice, slice]]:
+        for image in range(0, self.images, self.sizes.images):
+            for line in range(0, self.across, self.sizes.lines):
+                yield (
+                    slice(image, image + self.sizes.images),
+                    slice(line, line + self.sizes.lines),
+                )
+
+    def queries(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.length, self.sizes.queries):
+            yield start, min(start + self.sizes.queries, self.length)
+
+    def weights(
+        self, q: Tensor, k: Tensor, here: tuple[slice, slice], start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """[lines x N, queries, keys], and a buffer of the same size that is free."""
+        shape = (q.shape[0], q.shape[1], k.shape[1])
+        size = shape[0] * shape[1] * shape[2]
+        logits, weights = (buffer[:size].view(shape) for buffer in self.buffers)
+        logits.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.scale)
+        by_line = logits.unflatten(0, (-1, self.heads))
+        if self.of is not None:
+            bias = self.bias if self.whole else self.of(self.tables, start, stop)
+            assert bias is not None
+            by_line[..., self.keys - bias.shape[-1] :].add_(bias)
+        if self.mask is not None:
+            hidden = ~self.mask[here].flatten(0, 1)
+            by_line.masked_fill_(hidden[:, None, None], -torch.inf)
+        torch.softmax(logits, -1, out=weights)
+        return weights, logits
+
+    def learn(self, logits: Tensor, start: int, stop: int) -> None:
+        """Take in the gradient of the logits of a chunk, summed over its lines."""
+        if self.of is None:
+            return
+        of_bias = logits.unflatten(0, (-1, self.heads)).sum(0)
+        if not self.whole:
+            self._to_tables(of_bias, start, stop)
+        elif self.of_bias is None:
+            self.of_bias = of_bias
+        else:
+            self.of_bias += of_bias
+
+    def learned(self) -> tuple[Tensor, ...]:
+        if self.of_bias is not None:
+            self._to_tables(self.of_bias, 0, self.length)
+        return self.of_tables
+
+    def _to_tables(self, of_bias: Tensor, start: int, stop: int) -> None:
+        assert self.of is not None
+        with torch.enable_grad():
+            tables = tuple(table.detach().requires_grad_() for table in self.tables)
+            bias = self.of(tables, start, stop)
+            own = of_bias[..., self.keys - bias.shape[-1] :]
+            found = torch.autograd.grad(bias, tables, own.to(bias.dtype))
+        before = self.of_tables or tuple(torch.zeros_like(table) for table in tables)
+        self.of_tables = tuple(x + y for x, y in zip(before, found, strict=True))
+
+
+def _folded(x: Tensor) -> Tensor:
+    """[b, x, L, N, K] -> [b x N, L, K] in fp32 at least: a view where memory allows."""
+    x = x.transpose(2, 3)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype != wide:
+        x = x.to(wide, memory_format=torch.contiguous_format)
+    return x.flatten(0, 2)
+
+
+def _put(out: Tensor, start: int, stop: int, values: Tensor) -> None:
+    """Write [b x N, stop - start, K] to these tokens of out: [b, x, L, N, K]."""
+    images, lines, _, heads, _ = out.shape
+    out[:, :, start:stop] = values.unflatten(0, (images, lines, heads)).transpose(2, 3)
