@@ -201,7 +201,7 @@ class _One:
                 return attend(q, k, v, dim)
 
             biased = partial(attend, dim=dim, bias=table)
-            masked = partial(attend, dim=dim, key_mask=mask)
+            masked = partial(attend, dim=dim, key_mask=mask, query_mask=mask)
             ways[f"{axis} rope"] = there_and_back(rotary, q, k, v)
             ways[f"{axis} relative"] = there_and_back(biased, q, k, v, table)
             ways[f"{axis} masked"] = there_and_back(masked, q, k, v)

@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_the_formula(device, dtype, dim, maske
     inputs = [on(x, device, dtype) for x in wide]
     table = inputs[3] if biased else None
     keys = None if mask is None else mask.to(device)
-    got = attend(*inputs[:3], dim, key_mask=keys, bias=table)
+    got = attend(*inputs[:3], dim, key_mask=keys, query_mask=keys, bias=table)
     seen = torch.ones(SHAPE[:3], dtype=torch.bool) if mask is None else mask
     assert_near(got.cpu()[seen], want[seen], dtype)
     found = torch.autograd.grad(got, inputs, weight.to(device, dtype))
@@ -87,7 +87,8 @@ def test_more_lines_than_a_kernel_takes(device, dtype, dim, shape, masked):
     reference = [on(x, "cpu", torch.float64) for x in wide]
     want = formula(*reference, dim, mask, None)
     inputs = [on(x, device, dtype) for x in wide]
-    got = attend(*inputs, dim, key_mask=None if mask is None else mask.to(device))
+    keys = None if mask is None else mask.to(device)
+    got = attend(*inputs, dim, key_mask=keys, query_mask=keys)
     seen = torch.ones(shape[:3], dtype=torch.bool) if mask is None else mask
     assert_near(got.cpu()[seen], want[seen], dtype)
     found = torch.autograd.grad(got, inputs, weight.to(device, dtype))
