@@ -83,6 +83,12 @@ def _where(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
     sizes.add_argument("--long", action="store_true", help="also what takes many minutes")
+    parser.add_argument(
+        "--malloc",
+        choices=["kept", "default"],
+        default="kept",
+        help="whether memory is kept, as in our runs, or its pages are faulted in anew",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each comparison")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="s after which a comparison begins no round"
@@ -101,10 +107,16 @@ def _setting(parsed: argparse.Namespace) -> Setting:
     if not parsed.limit > 0:
         raise ValueError(f"--limit {parsed.limit}: allowed are numbers above 0")
     device = device_of(parsed.device)
-    if parsed.own_process:
+    kept = parsed.own_process and parsed.malloc == "kept" and not parsed.quick
+    if kept:
         keep_memory()  # as a run that trains does
     return Setting(
-        device, quick=parsed.quick, long=parsed.long, rounds=parsed.rounds, limit=parsed.limit
+        device,
+        quick=parsed.quick,
+        long=parsed.long,
+        rounds=parsed.rounds,
+        limit=parsed.limit,
+        malloc="kept" if kept else "default",
     )
 
 
@@ -113,6 +125,8 @@ def _command(parsed: argparse.Namespace, suite: str) -> str:
     words = ["axialtrain", "bench", suite, "--out", f"{suite}.json"]
     if parsed.device != "auto":
         words += ["--device", parsed.device]
+    if parsed.malloc != "kept":
+        words += ["--malloc", parsed.malloc]
     words += [f"--{key}" for key in ("quick", "long") if getattr(parsed, key)]
     for key, usual in (("rounds", ROUNDS), ("limit", LIMIT), ("minutes", math.inf), ("only", "")):
         value = getattr(parsed, key, usual)

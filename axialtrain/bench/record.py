@@ -116,6 +116,8 @@ class Record:
     def about(self) -> str:
         """Date, machine and versions in a line."""
         where = self.machine.get("gpu", f"{self.machine['cpu']}, {self.machine['threads']} threads")
+        if "gpu" not in self.machine:
+            where += f", malloc {self.machine['malloc']}"
         packages = ", ".join(f"{name} {one}" for name, one in self.versions.items())
         return f"{self.date}, {where}, {packages}"
 

@@ -16,13 +16,15 @@ from axialtrain.bench.timing import Rounds, Way, in_turns
 @dataclass(frozen=True)
 class Setting:
     """quick: sizes of seconds, for tests. long: what takes many minutes too. rounds: of each
-    comparison, and limit, the s after which it begins no other."""
+    comparison, and limit, the s after which it begins no other. malloc: whether this process keeps
+    the memory that it has had ("kept")."""
 
     device: torch.device
     quick: bool = False
     long: bool = False
     rounds: int = 7
     limit: float = math.inf
+    malloc: str = "default"
 
     @property
     def on_gpu(self) -> bool:

@@ -118,7 +118,7 @@ def measured(
         names = ", ".join(case.name for case in suite.cases(setting))
         raise ValueError(f"--only {only}: no case of {name} has that in its name: {names}")
     until = time.monotonic() + 60 * minutes
-    where = machine(setting.device)
+    where = machine(setting.device) | {"malloc": setting.malloc}
     results: list[Result] = []
     left_out, failed = [], []
     for number, case in enumerate(cases, 1):

@@ -58,7 +58,7 @@ def test_the_scripts_that_it_names_are_there():
 
 def record(suite: str, command: str, **machine: str) -> Record:
     results = [Result("a", "of x", 0.25, "half", "1 ms", {"x": 1}), Result("a", "px/s", 7.0)]
-    where = {"cpu": "a CPU", "threads": 2} | machine
+    where = {"cpu": "a CPU", "threads": 2, "malloc": "kept"} | machine
     return Record.today(suite, command, where, {"half": Goal(0.5)}, results=results)
 
 
