@@ -67,10 +67,10 @@ def _started(
             f"{shown(sent / 1e6)} MB among {rate['ranks']}"
         )
         found.append(Result(name, what, rate["ratio"], "rate", beside, rate))
-        if divides:
-            off = abs(sent / rate["formula_bytes"] - 1)
-            what = f"{rate['way']}: counted bytes, off the formula by"
-            found.append(Result(name, what, off, "bytes", f"{sent:,} B"))
+    if divides:
+        off = max(abs(rate["sent_bytes"] / rate["formula_bytes"] - 1) for rate in rates)
+        what = "all: counted bytes, off the formula by at most"
+        found.append(Result(name, what, off, "bytes"))
     return found
 
 
