@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from axialtrain.bench import arguments as bench_arguments
 from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say, speaks
@@ -173,27 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(command=_models)
 
     bench = commands.add_parser("bench", help="measure, and write what was measured")
-    benches = bench.add_subparsers(required=True, metavar="WHAT")
-    saving = benches.add_parser(
-        "checkpoint", help="for how long saving keeps training from going on: [key=value ...]"
-    )
-    saving.add_argument("overrides", nargs="*", metavar="key=value")
-    saving.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
-    saving.add_argument("--every", type=int, default=5, help="steps between checkpoints")
-    saving.set_defaults(command=_bench_checkpoint)
-    sharding = benches.add_parser("shard", help="how fast a scene becomes shards, in what memory")
-    sharding.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
-    sharding.add_argument("--side", type=int, default=32768, help="px of the scene")
-    sharding.add_argument("--jobs", type=int, default=1, help="processes")
-    sharding.set_defaults(command=_bench_shard)
-
-    reading = benches.add_parser("data", help="how fast regions are read, and who waits for them")
-    reading.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new JSON file")
-    reading.add_argument("--slide", type=Path, help="one of JPEG tiles, to be read as well")
-    reading.add_argument("--side", type=int, default=16384, help="px of the scene")
-    reading.add_argument("--rounds", type=int, default=15, help="regions of each image")
-    reading.add_argument("--steps", type=int, default=20, help="of a model that takes a second")
-    reading.set_defaults(command=_bench_data)
+    bench_arguments.arguments(bench)
 
     quickstart = commands.add_parser(
         "quickstart", help="scenes, shards and a trained model in the current folder"
@@ -331,35 +312,6 @@ def _models(parsed: argparse.Namespace) -> int:
     else:
         write(parsed.out, parsed.pattern)
         print(f"written: {parsed.out}")
-    return 0
-
-
-def _bench_checkpoint(parsed: argparse.Namespace) -> int:
-    from axialtrain.bench.checkpoint import bench_checkpoint
-
-    print(bench_checkpoint(parsed.overrides, parsed.out, every=parsed.every))
-    return 0
-
-
-def _bench_shard(parsed: argparse.Namespace) -> int:
-    from axialtrain.bench.shard import bench_shard
-
-    print(bench_shard(parsed.out, side=parsed.side, jobs=parsed.jobs))
-    return 0
-
-
-def _bench_data(parsed: argparse.Namespace) -> int:
-    from axialtrain.bench.data import bench_data
-
-    print(
-        bench_data(
-            parsed.out,
-            slide=parsed.slide,
-            side=parsed.side,
-            rounds=parsed.rounds,
-            steps=parsed.steps,
-        )
-    )
     return 0
 
 

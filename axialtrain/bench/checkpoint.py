@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from axialtrain.train.storage import Folder
+from axialtrain.bench.record import new_file, write_json
 
 MODES = {
     "none": ["checkpoint.every=0"],
@@ -33,9 +33,7 @@ def bench_checkpoint(overrides: Sequence[str], out: Path, *, every: int) -> str:
     last save, which waits for itself, do not count.
     Raises ValueError where `out` is there already, or a run fails.
     """
-    folder = out.with_suffix("")
-    if out.suffix != ".json" or out.exists() or folder.exists():
-        raise ValueError(f"--out {out}: allowed is a new file, NAME.json, with no folder NAME")
+    folder = new_file(out)
     results = {}
     for mode, keys in MODES.items():
         print(f"running: {mode}", flush=True)
@@ -59,7 +57,7 @@ def bench_checkpoint(overrides: Sequence[str], out: Path, *, every: int) -> str:
         "bytes": size,
         "results": results,
     }
-    Folder(out.parent).write(out.name, (json.dumps(record, indent=1) + "\n").encode())
+    write_json(out, record)
     lines = [f"{'saving':<13}{'step s':>9}{'stall s':>9}{'largest':>9}{'saves':>7}{'share':>8}"]
     for mode, result in results.items():
         lines.append(

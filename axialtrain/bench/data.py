@@ -7,7 +7,6 @@ that what else the machine does meets them alike. What counts are medians of rat
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -26,7 +25,9 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from axialtrain.bench.record import new_file, write_json
 from axialtrain.bench.shard import DRAWN, write_scene
+from axialtrain.bench.timing import ratio
 from axialtrain.data.config import DataConfig
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.hilbert import hilbert_order
@@ -34,7 +35,6 @@ from axialtrain.data.loader import Loader
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import BlockEntry, Head
-from axialtrain.data.whole import replacing
 from axialtrain.grid import Place, Rect, tokens_across
 from axialtrain.launch.local import keep_memory
 
@@ -56,9 +56,7 @@ def bench_data(out: Path, *, slide: Path | None, side: int, rounds: int, steps: 
     rounds: regions that are read in all ways. steps: that a slow model takes.
     Raises ValueError where `out` is there already, or a number is not allowed.
     """
-    folder = out.with_suffix("")
-    if out.suffix != ".json" or out.exists() or folder.exists():
-        raise ValueError(f"--out {out}: allowed is a new file, NAME.json, with no folder NAME")
+    folder = new_file(out)
     if side < DRAWN or side % DRAWN:
         raise ValueError(f"--side {side}: allowed are multiples of {DRAWN} px")
     for key, value in (("rounds", rounds), ("steps", steps)):
@@ -97,8 +95,7 @@ def bench_data(out: Path, *, slide: Path | None, side: int, rounds: int, steps: 
         "over_read": over,
         "waiting": waiting,
     }
-    with replacing(out) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    write_json(out, record)
     return "\n".join([*_table(reading, over, waiting), f"written: {out}"])
 
 
@@ -166,8 +163,10 @@ def _reading(path: Path, shards: Shards, rounds: int) -> dict[str, Any]:
 
 def _ratio(other: list[tuple[float, float]], mine: list[tuple[float, float]]) -> dict[str, float]:
     """How many times as fast as the other: medians over the rounds, of wall and of CPU time."""
-    pairs = list(zip(other, mine, strict=True))
-    return {key: median(a[i] / b[i] for a, b in pairs) for i, key in enumerate(("wall", "cpu"))}
+    return {
+        key: ratio([one[i] for one in other], [one[i] for one in mine])
+        for i, key in enumerate(("wall", "cpu"))
+    }
 
 
 def _seconds(way: Way, rect: Rect) -> tuple[float, float]:

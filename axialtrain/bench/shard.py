@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from axialtrain.bench.record import new_file, write_json
 from axialtrain.data.codec import Pixels
 from axialtrain.data.scene import TILE, draw_scene
-from axialtrain.data.whole import replacing
 
 DRAWN = 2048  # px, of the scene that is repeated
 WAYS: dict[str, list[str]] = {
@@ -51,9 +51,7 @@ def bench_shard(out: Path, *, side: int, jobs: int) -> str:
     side: px of the scene. jobs: processes of each way.
     Raises ValueError where `out` is there already, or a way fails.
     """
-    folder = out.with_suffix("")
-    if out.suffix != ".json" or out.exists() or folder.exists():
-        raise ValueError(f"--out {out}: allowed is a new file, NAME.json, with no folder NAME")
+    folder = new_file(out)
     if side < DRAWN or side % DRAWN:
         raise ValueError(f"--side {side}: allowed are multiples of {DRAWN} px")
     if jobs < 1:
@@ -79,8 +77,7 @@ def bench_shard(out: Path, *, side: int, jobs: int) -> str:
             for way, result in results.items()
         },
     }
-    with replacing(out) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    write_json(out, record)
     lines = [f"{'way':<22}{'s':>8}{'Mpx/s':>9}{'MiB':>8}{'over copied':>13}"]
     for way, result in results.items():
         lines.append(

@@ -15,11 +15,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from axialtrain.bench.page import replace_part
 from axialtrain.models.conv_config import AxialDeepLabConfig
 from axialtrain.models.position_sensitive import PositionSensitiveAttention
 from axialtrain.models.registry import create_model, list_models, model_config
 from axialtrain.models.transformer import AxialTransformerConfig
-from axialtrain.train.storage import Folder
 
 IMAGE, CLASSES = (224, 224), 1000  # px and classes of ImageNet, for what classifies
 SCENE, LABELS = (1024, 2048), 19  # of Cityscapes, for what names a class for each pixel
@@ -94,11 +94,4 @@ def write(page: Path, pattern: str = "*") -> None:
 
     The page has its name when all of it is there. Raises ValueError where it has no such place.
     """
-    text = page.read_text() if page.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"--out {page}: allowed is a page with the lines {BEGIN} and {END}")
-    Folder(page.parent).write(
-        page.name, f"{before}{BEGIN}\n{markdown(pattern)}\n{END}{after}".encode()
-    )
+    replace_part(page, BEGIN, END, markdown(pattern), key="--out")

@@ -1,47 +1,5 @@
-"""The bytes that torch holds at once: each storage from its first use to when it is let go."""
+"""Where the tests of attention take it from."""
 
-from __future__ import annotations
+from axialtrain.bench.peak import Peak
 
-import weakref
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-
-class Peak(TorchDispatchMode):
-    """Within it: `bytes`, the most that was alive at once, and `largest`, the largest storage.
-
-    Counts what is made inside; a view counts as the storage that it looks into.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.largest = self.now = 0
-        self.alive: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        before = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if torch.is_tensor(x):
-                storage = x.untyped_storage()
-                if storage._cdata not in self.alive | before:
-                    self._made(storage)
-        return out
-
-    def _made(self, storage: torch.UntypedStorage) -> None:
-        size, key = storage.nbytes(), storage._cdata
-        self.alive.add(key)
-        self.now += size
-        self.bytes = max(self.bytes, self.now)
-        self.largest = max(self.largest, size)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
+__all__ = ["Peak"]

@@ -1,0 +1,114 @@
+"""`axialtrain bench layer`: our attention module beside the `axial-attention` package's.
+
+Both do what that package does: columns and rows see the same input, with projections of their own,
+and are added up; no positions. Forward and backward to the input and all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from axialtrain.attention.config import AxialConfig, Pass
+from axialtrain.attention.passes import AxialAttention
+from axialtrain.bench.attention import DTYPES
+from axialtrain.bench.peak import held_at_once
+from axialtrain.bench.plain import drawn
+from axialtrain.bench.record import Goal, Result, mib, ms
+from axialtrain.bench.setting import Case, Setting, dtype_name
+from axialtrain.bench.timing import Way
+from axialtrain.grid import Place
+
+GOALS = {"time": Goal(1.0), "memory": Goal(0.5)}
+PACKAGE = "axial_attention"
+WIDTHS = (64, 256, 512, 768)  # D
+
+
+class Ours(nn.Module):
+    """Columns plus rows, by two modules that know one pass each."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        config = AxialConfig(["col+row"], "sum", share_projections=False, positions="none")
+        self.passes = (Pass.COL, Pass.ROW)
+        self.attn = nn.ModuleList(
+            AxialAttention(dim, heads, (which,), config, qkv_bias=False) for which in self.passes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, D] -> the same."""
+        place, none = Place(x.shape[1], x.shape[2]), x.new_zeros(x.shape[0], 0, x.shape[3])
+        parts = [
+            attn(x, none, place, which)[0]
+            for attn, which in zip(self.attn, self.passes, strict=True)
+        ]
+        return parts[0] + parts[1]
+
+
+def missing(setting: Setting) -> list[str]:
+    if find_spec(PACKAGE):
+        return []
+    return ["the package `axial-attention`, which is not installed here; ours stand alone"]
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """Square grids; a grid of 256 x 256 only of the smaller widths, or in a long run."""
+    for dtype in DTYPES:
+        for side in (12,) if setting.quick else (64, 128, 256):
+            for dim in (16,) if setting.quick else WIDTHS:
+                if side * dim > 128 * 768 and not (setting.long or setting.on_gpu):
+                    continue
+                name = f"{side} x {side}, D = {dim}, {dtype_name(dtype)}"
+                yield Case(name, partial(_beside, setting, side, dim, dtype, name))
+
+
+def _beside(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str) -> list[Result]:
+    heads = max(2, dim // 64)
+    modules: dict[str, nn.Module] = {"ours": Ours(dim, heads)}
+    if find_spec(PACKAGE):
+        from axial_attention import AxialAttention as Package
+
+        modules["package"] = Package(dim, heads=heads, dim_index=-1)
+    x = drawn(1, side, side, dim, device=setting.device, dtype=dtype)
+    ways = {
+        key: _there_and_back(module.to(setting.device, dtype), x) for key, module in modules.items()
+    }
+    rounds = setting.in_turns(ways)
+    held = {key: held_at_once(way, setting.device)[0] for key, way in ways.items()}
+    if "package" not in ways:
+        what = "ours: time, s"
+        beside, data = mib(held["ours"]), rounds.seconds | {"bytes": held}
+        return [Result(name, what, rounds.median("ours"), None, beside, data)]
+    time = f"{ms(rounds.median('ours'))} against {ms(rounds.median('package'))}"
+    memory = f"{mib(held['ours'])} against {mib(held['package'])}"
+    return [
+        Result(
+            name,
+            "time, of the package's",
+            rounds.ratio("ours", "package"),
+            "time",
+            time,
+            rounds.seconds,
+        ),
+        Result(
+            name,
+            "peak memory, of the package's",
+            held["ours"] / held["package"],
+            "memory",
+            memory,
+            {"bytes": held},
+        ),
+    ]
+
+
+def _there_and_back(module: nn.Module, x: Tensor) -> Way:
+    weight, inputs = torch.ones_like(x), (x, *module.parameters())
+
+    def run() -> None:
+        torch.autograd.grad(module(x), inputs, weight)
+
+    return run

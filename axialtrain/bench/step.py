@@ -1,0 +1,158 @@
+"""`axialtrain bench step`: training steps of models by name in one process, and how much of their
+time is their own matrix products and attention kernels.
+
+A step is forward, loss, backward and AdamW on the weights in the dtype of the model: without the
+engine, whose masters in fp32 and whose exchange are not measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from axialtrain.bench.bare import bare_rate
+from axialtrain.bench.memory import GIGAPIXEL, H200
+from axialtrain.bench.peak import held_at_once
+from axialtrain.bench.plain import drawn
+from axialtrain.bench.record import Goal, Result, ms, shown
+from axialtrain.bench.setting import Case, Setting, dtype_name
+from axialtrain.grid import Place
+from axialtrain.models.registry import create_model, model_config
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig, encode
+
+GOALS = {
+    "share": Goal(0.6, at_least=True),
+    "gigapixel s": Goal(8),
+    "gigapixel GiB": Goal(H200 / 2**30),
+    "gigapixel rate": Goal(0.5, at_least=True),
+}
+CLASSES = 10
+SQUARE = 8192  # side of the matrices whose product says what a GPU can do
+
+# (model, side of the image in px, dtypes)
+ON_CPU = (
+    ("axial_vit_tiny_patch16", 1024),
+    ("axial_vit_small_patch16", 512),
+    ("axial_resnet26s", 224),
+)
+ON_GPU = (
+    ("axial_vit_small_patch16", 4096),
+    ("axial_vit_base_patch16", 4096),
+    ("axial_resnet50s", 224),
+)
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    models = ON_GPU if setting.on_gpu else ON_CPU
+    dtype = torch.bfloat16 if setting.on_gpu else torch.float32
+    for name, side in (("axial_vit_tiny_patch32", 64),) if setting.quick else models:
+        case = f"{name}, {side} px, {dtype_name(dtype)}"
+        yield Case(case, partial(_model, setting, name, side, dtype, case))
+    if _room(setting):
+        yield Case("gigapixel", partial(gigapixel, setting, 32_768, **GIGAPIXEL))
+
+
+def missing(setting: Setting) -> list[str]:
+    if _room(setting):
+        return []
+    return [
+        f"the gigapixel step, which needs a GPU of {H200 / 2**30:.0f} GiB: its arithmetic is in "
+        "`axialtrain bench memory`"
+    ]
+
+
+def _room(setting: Setting) -> bool:
+    if not setting.on_gpu or setting.quick:
+        return False
+    return torch.cuda.get_device_properties(setting.device).total_memory > H200
+
+
+def training_step(
+    name: str, side: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A step of the model `name`, with classes, on one drawn image of side x side px."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=CLASSES).to(device, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pixels = drawn(1, side, side, 3, device=device, dtype=dtype).detach()
+    target = torch.zeros(1, dtype=torch.long, device=device)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(pixels).float(), target).backward()
+        optimizer.step()
+
+    return run
+
+
+def _model(setting: Setting, name: str, side: int, dtype: torch.dtype, case: str) -> list[Result]:
+    rate = bare_rate(training_step(name, side, setting.device, dtype), rounds=setting.rounds)
+    others = [row for row in rate.rows if not row.product]
+    most = ", ".join(
+        f"{row.name} {row.seconds / rate.step_s:.0%}"
+        for row in sorted(others, key=lambda row: -row.seconds)[:4]
+    )
+    beside = f"{ms(rate.bare_s)} of {ms(rate.step_s)}; most else: {most}"
+    rows = [
+        {"name": row.name, "calls": row.calls, "seconds": row.seconds, "product": row.product}
+        for row in rate.rows
+    ]
+    data = {"step_s": rate.step_s, "bare_s": rate.bare_s, "kernels": rows}
+    patch = model_config(name)
+    found = [
+        Result(case, "share of bare products and attention", rate.share, "share", beside, data)
+    ]
+    if isinstance(patch, AxialTransformerConfig):
+        tokens = (side // patch.patch_px) ** 2
+        found.append(Result(case, "tokens/s", tokens / rate.step_s))
+    found.append(Result(case, "px/s", side * side / rate.step_s))
+    return found
+
+
+def gigapixel(
+    setting: Setting, side: int, *, depth: int, dim: int, heads: int, patch: int
+) -> list[Result]:
+    """Forward and backward of one image in bf16, keeping the input of each layer alone."""
+    device, dtype = setting.device, torch.bfloat16
+    torch.manual_seed(0)
+    config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
+    model = AxialTransformer(config).to(device, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pixels = torch.ones(1, side, side, 3, dtype=dtype, device=device)
+    place = Place(side // patch, side // patch)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        x = model.patch_embed(pixels, None)
+        none = x.new_zeros(1, 0, dim)
+        tokens, _ = encode(
+            model.blocks, model.norm, model.exchange, x, none, place, None, None, None,
+            recompute=True,
+        )  # fmt: skip
+        tokens.mean(dtype=torch.float32).backward()
+        optimizer.step()
+
+    size = 64 if setting.quick else SQUARE
+    a, b = (drawn(size, size, device=device, dtype=dtype, seed=seed).detach() for seed in (0, 1))
+    rounds = setting.in_turns({"step": run, "product": lambda: a @ b})
+    held, _ = held_at_once(run, device)
+    flop = 4 * _forward_flop(place, config)
+    able = 2 * size**3 / rounds.median("product")
+    name = f"{side} x {side} px, D = {dim}, {depth} layers, bf16"
+    rate = flop / rounds.median("step")
+    beside = f"{shown(rate / 1e12)} of {shown(able / 1e12)} TFLOP/s, what is run again counted too"
+    return [
+        Result(name, "rate, of that of a large product", rate / able, "gigapixel rate", beside),
+        Result(name, "s of a step", rounds.median("step"), "gigapixel s", data=rounds.seconds),
+        Result(name, "peak, GiB", held / 2**30, "gigapixel GiB", data={"bytes": held}),
+    ]
+
+
+def _forward_flop(place: Place, config: AxialTransformerConfig) -> int:
+    """Projections 8 T D^2 and attention 4 T L D of either pass, the MLP 16 T D^2."""
+    tokens, lengths = place.height * place.width, place.height + place.width
+    layer = 2 * 8 * tokens * config.dim**2 + 4 * tokens * lengths * config.dim
+    return config.depth * (layer + 4 * tokens * config.dim * config.mlp_width)
