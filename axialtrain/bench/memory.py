@@ -1,12 +1,13 @@
 """`axialtrain bench memory`: what one layer holds at once, forward and backward, on growing grids.
 
 Beside it: the logits of full attention, which is what a layer without a fused kernel would hold.
-Then the arithmetic of a step whose image is a gigapixel, from what a token was measured to need.
+Then the arithmetic of a step whose image is a gigapixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -19,6 +20,9 @@ from axialtrain.bench.record import Goal, Result, mib, shown
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.grid import Place
 from axialtrain.models.layer import Layer
+from axialtrain.models.memory import step_memory
+from axialtrain.models.recompute import Recompute
+from axialtrain.models.transformer import AxialTransformerConfig
 
 DTYPE = torch.bfloat16
 GIGAPIXEL = {"depth": 12, "dim": 512, "heads": 8, "patch": 16}  # experiment gigapixel_h200
@@ -65,8 +69,7 @@ def _layer(setting: Setting) -> list[Result]:
     name = f"{grids[0]} x {grids[0]} to {grids[-1]} x {grids[-1]}"
     growth = per_token[grids[-1]] / per_token[grids[0]]
     found.append(Result(name, "growth of the peak of a token", growth, "growth"))
-    for side in () if setting.quick else SIDES:
-        found.append(_gigapixel(side, per_token[grids[-1]] / dim * GIGAPIXEL["dim"], setting))
+    found += [_gigapixel(side) for side in (() if setting.quick else SIDES)]
     return found
 
 
@@ -83,22 +86,24 @@ def _held(layer: nn.Module, side: int, dim: int, setting: Setting) -> int:
     return held_at_once(run, setting.device)[0]
 
 
-def _gigapixel(side: int, layer: float, setting: Setting) -> Result:
-    """layer: bytes of a token in one layer, while it is run again in backward; the others keep its
-    input alone. Weights, their gradients and moments are some hundred MB, and not counted."""
-    tokens = (side // GIGAPIXEL["patch"]) ** 2
-    kept = GIGAPIXEL["depth"] * tokens * GIGAPIXEL["dim"] * DTYPE.itemsize
-    running = tokens * layer
-    total = (kept + running) / 2**30
-    pixels = 3 * side * side * DTYPE.itemsize / 2**30
-    where = "measured here" if setting.on_gpu else "measured on a CPU"
+def _gigapixel(side: int) -> Result:
+    """A step of experiment gigapixel_h200, or of four times its pixels, where more must wait on the
+    host: by the arithmetic of `axialtrain.models.memory`, weights apart."""
+    patch, dim, depth, heads = (GIGAPIXEL[key] for key in ("patch", "dim", "depth", "heads"))
+    config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
+    recompute = Recompute(every=1, offload=0.5 if side == SIDES[0] else 1.0)
+    tokens = (side // config.patch_px) ** 2
+    memory = step_memory(config, recompute, tokens=tokens, parameters=0)
     beside = (
-        f"{shown(kept / 2**30)} GiB of inputs kept for {GIGAPIXEL['depth']} layers, "
-        f"{shown(running / 2**30)} GiB of the layer that runs ({where}), {shown(pixels)} of pixels"
+        f"{_gib(memory.kept)} GiB of inputs kept, {_gib(memory.layers)} of the layers that run "
+        f"again, {_gib(memory.gradients)} of gradients, {_gib(memory.pixels)} of pixels; on the "
+        f"host {_gib(memory.host)}"
     )
+    name = f"{side} x {side} px, D = {config.dim}"
     goal = "gigapixel" if side == SIDES[0] else None
     what = "by arithmetic: GiB of a step on one GPU"
-    data = {"tokens": tokens, "kept": kept, "running": running}
-    return Result(
-        f"{side} x {side} px, D = {GIGAPIXEL['dim']}", what, total + pixels, goal, beside, data
-    )
+    return Result(name, what, memory.device / 2**30, goal, beside, asdict(memory))
+
+
+def _gib(count: int) -> str:
+    return shown(count / 2**30)
