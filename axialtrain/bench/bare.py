@@ -2,7 +2,7 @@
 
 A step cannot be faster than the products that it asks for, called one after the other with nothing
 between. They are collected from one step as it runs, with the shapes, strides and values that they
-had, and then timed bare. What the step takes beyond that is everything else, and is shown by kernel.
+had, and then timed bare. What the step takes beyond that is all else, and is shown by kernel.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class Case:
     skip_axis: float = 0.0
     drop_path: float = 0.0
     head: str = "tokens"
+    mlp_chunk: int | None = None
 
 
 @dataclass
@@ -82,6 +83,7 @@ def build(case: Case) -> nn.Module:
             prefix_tokens=case.prefix,
             drop_path=case.drop_path,
             grid=list(case.grid),
+            mlp_chunk=case.mlp_chunk,
             axial_config=AxialConfig(
                 pattern=list(case.pattern),
                 fusion=case.fusion,
