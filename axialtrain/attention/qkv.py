@@ -107,7 +107,7 @@ class _ProjectHeads(torch.autograd.Function):
             done = turned(q_and_k, _of(rows, some), cols, back=True, in_place=True)
             if done is not q_and_k:  # in bf16 it is turned in fp32
                 q_and_k.copy_(done)
-            packed = packed.view(-1, len(weight))
+            packed = packed.view(packed.shape[:2].numel(), len(weight))
             seen = lines[some].flatten(0, 1).to(wide)
             of_x[some] = (packed @ matrix).view_as(of_x[some])
             of_weight.add(packed.t() @ seen)

@@ -52,12 +52,12 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(x, first, bias, second)
         ctx.chunk = chunk
         wide = arithmetic_dtype(x)
-        out = x.new_empty(x.shape[:-1].numel(), len(second))
+        out = x.new_empty(*x.shape[:-1], len(second))  # no view: it may be summed in its place
         inward, offset, outward = first.to(wide), bias.to(wide), second.to(wide)
-        parts = zip(x.flatten(0, -2).split(chunk), out.split(chunk), strict=True)
+        parts = zip(x.flatten(0, -2).split(chunk), out.flatten(0, -2).split(chunk), strict=True)
         for part, goal in parts:
             goal.copy_(F.linear(F.gelu(F.linear(part.to(wide), inward, offset)), outward))
-        return out.view(*x.shape[:-1], len(second))
+        return out
 
     @staticmethod
     @once_differentiable

@@ -14,6 +14,7 @@ from axialtrain.mesh.collectives import sum_over
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train.config import OptimConfig, ZeroConfig
 from axialtrain.train.engine import Engine
 from axialtrain.train.optimizer import moment_keys
@@ -269,3 +270,31 @@ def linear_afterwards() -> bool:
     engine.close()
     left: bool = F.linear is torch._C._nn.linear
     return left
+
+
+# --- Our transformer, its MLP in chunks -----------------------------------------------------------
+
+
+class Chunked(nn.Module):
+    """A rank has more tokens than a chunk, or fewer, or a number that no chunk divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = AxialTransformerConfig(
+            patch=1, dim=8, depth=2, heads=2, bands=CHANNELS, qkv_bias=False, mlp_chunk=15
+        )
+        self.backbone = AxialTransformer(config)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        logits: Tensor = self.head(self.backbone(x, None, place)[0])
+        return logits
+
+
+def build_chunked() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Chunked()
+
+
+CHUNKED = Task(build_chunked, toy_batch, cut_tokens)

@@ -49,6 +49,7 @@ class Case:
     drop_path: float = 0.0
     head: str = "tokens"
     recompute: Recompute = field(default_factory=Recompute)
+    mlp_chunk: int | None = None
 
 
 @dataclass
@@ -84,6 +85,7 @@ def build(case: Case) -> nn.Module:
             prefix_tokens=case.prefix,
             drop_path=case.drop_path,
             grid=list(case.grid),
+            mlp_chunk=case.mlp_chunk,
             axial_config=AxialConfig(
                 pattern=list(case.pattern),
                 fusion=case.fusion,

@@ -18,7 +18,7 @@ from test_transformer import BANDS, DIM, GRID, PATCH, PLACE, per_pixel, pixels
 from torch import Tensor
 
 from axialtrain.grid import Place
-from axialtrain.models.transformer import AxialTransformer
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +53,24 @@ def upper_left(sizes: list[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
     for i, (height, width) in enumerate(sizes):
         valid[i, :height, :width] = True
     return valid
+
+
+def test_a_mask_of_nothing_missing_is_no_mask():
+    """Layers are given none, and the numbers are those without: the same to the bit."""
+    config = AxialTransformerConfig(patch=PATCH, dim=DIM, heads=2, depth=2, bands=BANDS)
+    model = AxialTransformer(config).double()
+    seen: list[Tensor | None] = []
+    for layer in model.blocks:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    image = pixels().detach().double()
+    every = torch.ones(len(image), *GRID, dtype=torch.bool)
+    got, want = (outcome(model, image, valid) for valid in (every, None))
+    assert seen == [None] * 4
+    pairs = zip((*got[:3], *got[3].values()), (*want[:3], *want[3].values()), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    every[0, 0, 0] = False
+    outcome(model, image, every)
+    assert all(one is not None for one in seen[4:])
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ import functools
 import itertools
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,16 @@ def test_gradients(choice):
 @pytest.mark.parametrize("choice", covering_choices()[QUICK:], ids=ids)
 def test_gradients_of_the_other_cases(choice):
     check_choice(choice)
+
+
+@pytest.mark.parametrize("mesh", [{"row": 2, "col": 2}, {"row": 2, "tensor": 2}], ids=str)
+def test_gradients_of_an_mlp_in_chunks(mesh):
+    """Against the serial MLP of all tokens; five tokens divide no rank's part."""
+    case = Case((13, 10), prefix=2)
+    want = serial(case)
+    got = check(replace(case, mlp_chunk=5), mesh)
+    for name, gradient in want.parameters.items():
+        assert_close(got[0].parameters[name], gradient, name)
 
 
 TWELVE = {"row": 2, "col": 3, "tensor": 2}

@@ -4,13 +4,24 @@ Compared are the gradient's norm, which shows a wrong scale that Adam would hide
 after clipped steps of SGD; what is allowed is rounding.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from distributed.engine_ranks import TOY, build_toy, linear_afterwards, serial_steps, train_steps
+from distributed.engine_ranks import (
+    CHUNKED,
+    TOY,
+    build_toy,
+    linear_afterwards,
+    serial_steps,
+    train_steps,
+)
 from distributed.launcher import run_ranks
 from distributed.state_ranks import Variant, steps_with_a_bad_one
+from torch import nn
 
 from axialtrain.mesh.mesh import Mesh, MeshConfig
+from axialtrain.models.mlp import Mlp
 from axialtrain.train.engine import Engine, OptimConfig, ZeroConfig
 
 pytestmark = pytest.mark.slow
@@ -166,3 +177,30 @@ def test_an_engine_needs_a_process_group():
 def test_what_is_not_allowed_is_named(config, key, value):
     with pytest.raises(ValueError, match=rf"{key}=.*allowed"):
         config(**{key.partition(".")[2]: value})
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("mesh", ["data 2, row 2", "col 2, tensor 2"])
+def test_an_mlp_in_chunks_takes_the_same_steps(mesh, stage):
+    """Ranks have different numbers of chunks; at stage 3 each still gathers its weights once."""
+    begin = CHUNKED.build()
+    serial = replace(CHUNKED, build=build_unchunked)
+    expected = serial_steps(serial, SGD, RATES)
+    for got in run_ranks(
+        train_steps,
+        4,
+        task=CHUNKED,
+        mesh=MESHES[mesh],
+        zero=ZeroConfig(stage, persistence_threshold=0),
+        optim=SGD,
+        rates=RATES,
+    ):
+        assert_same_steps(got, expected, begin.state_dict())
+
+
+def build_unchunked() -> nn.Module:
+    model = CHUNKED.build()
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            module.chunk = None
+    return model
