@@ -16,7 +16,7 @@ from axialtrain.bench.record import HEAD, Goal, Record, Result, write_json
 from axialtrain.cli import _parser, main
 
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
-COMMANDS = re.findall(r"^`?(axialtrain bench [^`#\n]*)", PAGE.read_text(), re.MULTILINE)
+COMMANDS = re.findall(r"^`?(axialtrain bench (?!SUITE)[^`#\n]*)", PAGE.read_text(), re.MULTILINE)
 
 
 def part(suite: str) -> str:
@@ -37,6 +37,9 @@ def test_a_command_of_the_page_is_one(command):
 def test_a_suite_has_its_part_its_command_date_and_table(suite):
     check_part(PAGE, begin(suite), end(suite), key="page")
     text = part(suite)
+    if "**Not yet measured.**" in text:
+        assert f"`axialtrain bench {suite} --out {suite}.json" in text
+        return
     assert text.lstrip().startswith(f"`axialtrain bench {suite} --out {suite}.json")
     assert re.search(r"^20\d\d-\d\d-\d\d, .*threads, .*torch \d", text, re.MULTILINE)
     head = next(line for line in text.splitlines() if line.startswith("|"))
