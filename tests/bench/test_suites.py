@@ -119,12 +119,18 @@ def test_memory(tmp_path):
 
 
 def test_the_arithmetic_of_a_gigapixel():
-    from axialtrain.bench.memory import _gigapixel
+    from axialtrain.bench.memory import GOALS, H200, SIDES, _gigapixel
 
-    found = _gigapixel(32_768, 10 * 1024, Setting(CPU))
-    gib = 2**22 / 2**30  # of a byte a token
-    assert found.value == pytest.approx(gib * (12 * 512 * 2 + 10 * 1024) + 3 * 2 * 2**30 / 2**30)
-    assert found.goal == "gigapixel"
+    one, four = (_gigapixel(side) for side in SIDES)
+    parts = ("weights", "pixels", "kept", "layers", "gradients")
+    tokens = 2048 * 2048 * 512 * 2  # bytes, once
+    assert (one.goal, four.goal) == ("gigapixel", None)
+    assert one.data["kept"] == one.data["host"] == 6 * tokens
+    assert one.value == pytest.approx(sum(one.data[part] for part in parts) / 2**30)
+    assert one.value < GOALS["gigapixel"].limit
+    # All of its tokens wait on the host, and one layer alone takes more than there is.
+    assert (four.data["kept"], four.data["host"]) == (0, 12 * 4 * tokens)
+    assert four.data["layers"] == 4 * one.data["layers"] > H200
 
 
 def test_complexity(tmp_path):

@@ -12,6 +12,8 @@ from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.compose import compose_run
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Case((13, 10), ("row+col", "window", "col+row"), depth=3)
 CASES = {
     "masked": PLAIN,

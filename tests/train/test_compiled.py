@@ -14,6 +14,8 @@ from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train.compiled import check_compile, compile_layers
 
+pytestmark = pytest.mark.slow  # compiling
+
 PATCH, DIM, DEPTH = 2, 16, 2
 SIZES = [(5, 7), (8, 3)]
 
