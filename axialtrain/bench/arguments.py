@@ -200,7 +200,10 @@ def _shard(parsed: argparse.Namespace) -> int:
 
 def _data(parsed: argparse.Namespace) -> int:
     from axialtrain.bench.data import bench_data
+    from axialtrain.launch.local import keep_memory
 
+    if parsed.own_process:
+        keep_memory()  # as a rank does, which reads regions
     print(
         bench_data(
             parsed.out,

@@ -36,7 +36,6 @@ from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import BlockEntry, Head
 from axialtrain.grid import Place, Rect, tokens_across
-from axialtrain.launch.local import keep_memory
 
 REGION = 4096  # px, the side of a region, or the most of it that an image has
 IMAGES = 60  # of random sizes, whose over-read is counted
@@ -64,7 +63,6 @@ def bench_data(out: Path, *, slide: Path | None, side: int, rounds: int, steps: 
             raise ValueError(f"--{key} {value}: allowed is at least 1")
     if slide is not None and not slide.is_file():
         raise ValueError(f"--slide {slide}: is not there, allowed is a slide that OpenSlide reads")
-    keep_memory()  # as a rank does, which reads regions
     folder.mkdir(parents=True)
     try:
         print(f"drawing {side} x {side} px", flush=True)

@@ -104,13 +104,12 @@ def _measured(
     swap(x, place, after, mesh)
     sent = sum(one.sent_bytes for one in groups) - start
     bare()
-    taken = [
-        (
-            _seconds(lambda: swap(x, place, after, mesh), mesh, device),
-            _seconds(bare, mesh, device),
-        )
-        for _ in range(rounds)
-    ]
+    ways = {"swap": lambda: swap(x, place, after, mesh), "bare": bare}
+    taken = []
+    for number in range(rounds):
+        order = list(ways) if number % 2 else list(ways)[::-1]
+        found = {name: _seconds(ways[name], mesh, device) for name in order}
+        taken.append((found["swap"], found["bare"]))
     every = gather_objects((taken, sent, x.nbytes * (group.size - 1) / group.size), mesh.world)
     slowest = [
         [max(rank[0][number][which] for rank in every) for number in range(rounds)]

@@ -26,7 +26,8 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        before = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
+        given = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        before = {x.untyped_storage()._cdata for x in given}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if torch.is_tensor(x):

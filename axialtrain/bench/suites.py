@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,12 +25,14 @@ Draw = Callable[[Sequence[Result], Path], None]
 @dataclass(frozen=True)
 class Suite:
     """cases: what it measures, in order. missing: what cannot be measured here, and why. on_gpu:
-    whether it has anything to say of one GPU. draw: writes a picture of the results."""
+    whether it has anything to say of one GPU. of_runs: whether it starts ranks, which keep memory
+    whatever the setting says. draw: writes a picture of the results."""
 
     goals: Mapping[str, Goal]
     cases: Callable[[Setting], Iterable[Case]]
     missing: Callable[[Setting], list[str]] = lambda _: []
     on_gpu: bool = True
+    of_runs: bool = False
     draw: Draw | None = None
 
 
@@ -52,6 +55,7 @@ SUITES = {
         exchange_ranks.GOALS,
         exchange_ranks.cases,
         on_gpu=False,
+        of_runs=True,
     ),
     "memory": Suite(
         memory.GOALS,
@@ -118,7 +122,7 @@ def measured(
         names = ", ".join(case.name for case in suite.cases(setting))
         raise ValueError(f"--only {only}: no case of {name} has that in its name: {names}")
     until = time.monotonic() + 60 * minutes
-    where = machine(setting.device) | {"malloc": setting.malloc}
+    where = machine(setting.device) | {"malloc": "kept" if suite.of_runs else setting.malloc}
     results: list[Result] = []
     left_out, failed = [], []
     for number, case in enumerate(cases, 1):
@@ -126,13 +130,16 @@ def measured(
             left_out.append(case.name)
             continue
         print(f"{name}, {number} of {len(cases)}: {case.name}", flush=True)
+        said = ""
         try:
             results += case.run()
-        except RuntimeError as error:  # a kernel that is not there, memory that does not suffice
-            said = " ".join(str(error).split())[:300]
-            failed.append(f"{case.name}: {type(error).__name__}: {said}")
+        except Exception as error:  # a kernel that is not there, memory that does not suffice, ...
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if said:  # only now is nothing held by the error any more
+            failed.append(f"{case.name}: {said}")
             print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after a fault of CUDA's nothing works
+                torch.cuda.empty_cache()
     return Record.today(
         name,
         command,

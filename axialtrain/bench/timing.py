@@ -12,6 +12,7 @@ from statistics import median
 import torch
 
 Way = Callable[[], object]
+Clock = Callable[[], float]
 
 SHORT = 0.02  # s: a shorter way is called several times, for clocks and schedulers are coarse
 MOST = 50  # times
@@ -44,29 +45,31 @@ def in_turns(
     *,
     rounds: int,
     limit: float = math.inf,
+    clock: Clock = time.perf_counter,
 ) -> Rounds:
     """All ways in each round, in an order that turns around from one round to the next.
 
     A first round, in which libraries and caches warm up, does not count, and says how often a short
     way is called in each. limit: s after which no further round begins, once there are FEWEST.
+    clock: says the time, in s, where no GPU does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    begin = time.monotonic()
+    begin = clock()
     calls = {}
     for name, way in ways.items():
-        taken = _seconds(way, 1, device)  # with what is compiled or allocated once
+        taken = _seconds(way, 1, device, clock)  # with what is compiled or allocated once
         if taken < 1:
-            taken = _seconds(way, 1, device)
+            taken = _seconds(way, 1, device, clock)
         calls[name] = max(1, min(MOST, math.ceil(SHORT / taken)))
     for number in range(rounds):
-        if number >= FEWEST and time.monotonic() - begin > limit:
+        if number >= FEWEST and clock() - begin > limit:
             break
         for name in list(ways) if number % 2 else list(ways)[::-1]:
-            seconds[name].append(_seconds(ways[name], calls[name], device))
+            seconds[name].append(_seconds(ways[name], calls[name], device, clock))
     return Rounds(seconds)
 
 
-def _seconds(way: Way, calls: int, device: torch.device) -> float:
+def _seconds(way: Way, calls: int, device: torch.device, clock: Clock) -> float:
     """Of one call, on average."""
     if device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -76,7 +79,7 @@ def _seconds(way: Way, calls: int, device: torch.device) -> float:
         last.record()
         torch.cuda.synchronize(device)
         return float(first.elapsed_time(last)) / 1e3 / calls
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         way()
-    return (time.perf_counter() - begin) / calls
+    return (clock() - begin) / calls

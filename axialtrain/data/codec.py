@@ -24,6 +24,7 @@ Instances = NDArray[np.uint16]  # numbers of instances, 0 where there is none
 
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _APP0, _APP14 = 0xE0, 0xEE
+_BARE = (0x00, 0x01, *range(0xD0, _START + 1))  # no marker, TEM, restarts, a second start
 _PROGRESSIVE = 0xC2
 _FRAMES = (0xC0, 0xC1, _PROGRESSIVE)  # baseline, extended and this: what any decoder reads
 MAX_SCANS = 100  # of a JPEG; encoders make ten. Each goes over all pixels, and takes 16 bytes.
@@ -215,6 +216,8 @@ def _segments(data: bytes) -> list[tuple[int, int, int]]:
         if marker == _END:
             found.append((marker, at, at + 2))
             return found
+        if marker in _BARE:  # has no length: what follows would be read as another's
+            raise ValueError(f"is a damaged JPEG (marker 0x{marker:02X} before its first scan)")
         length = int.from_bytes(data[at + 2 : at + 4])
         stop = at + 2 + length
         if length < 2 or stop > len(data):

@@ -121,16 +121,18 @@ def test_memory(tmp_path):
 def test_the_arithmetic_of_a_gigapixel():
     from axialtrain.bench.memory import GOALS, H200, SIDES, _gigapixel
 
-    one, four = (_gigapixel(side) for side in SIDES)
+    (one, host), (four, its_host) = (_gigapixel(side) for side in SIDES)
     parts = ("weights", "pixels", "kept", "layers", "gradients")
     tokens = 2048 * 2048 * 512 * 2  # bytes, once
-    assert (one.goal, four.goal) == ("gigapixel", None)
+    assert (one.goal, four.goal) == ("gigapixel", "gigapixel")
     assert one.data["kept"] == one.data["host"] == 6 * tokens
     assert one.value == pytest.approx(sum(one.data[part] for part in parts) / 2**30)
-    assert one.value < GOALS["gigapixel"].limit
+    assert GOALS["gigapixel"].met(one.value)
+    assert GOALS["host"].met(host.value)
     # All of its tokens wait on the host, and one layer alone takes more than there is.
     assert (four.data["kept"], four.data["host"]) == (0, 12 * 4 * tokens)
     assert four.data["layers"] == 4 * one.data["layers"] > H200
+    assert not GOALS["host"].met(its_host.value)
 
 
 def test_complexity(tmp_path):

@@ -13,43 +13,70 @@ from axialtrain.bench.timing import SHORT, Rounds, in_turns, ratio
 CPU = torch.device("cpu")
 
 
-def test_each_round_has_all_ways_in_an_order_that_turns_around():
+class Time:
+    """A clock that goes on when somebody sleeps, and not otherwise: no test waits for a machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Time:
+    return Time()
+
+
+def test_each_round_has_all_ways_in_an_order_that_turns_around(clock):
     called = []
-    ways = {name: partial(called.append, name) for name in "ab"}
-    for name in ways:  # long enough to be called once a round
-        ways[name] = lambda name=name: (called.append(name), time.sleep(1.2 * SHORT))
-    rounds = in_turns(ways, CPU, rounds=3)
+
+    def way(name: str) -> None:  # long enough to be called once a round
+        called.append(name)
+        clock.sleep(1.2 * SHORT)
+
+    rounds = in_turns({name: partial(way, name) for name in "ab"}, CPU, rounds=3, clock=clock)
     assert "".join(called) == "aabb" + "ba" + "ab" + "ba"
-    assert {name: len(seconds) for name, seconds in rounds.seconds.items()} == {"a": 3, "b": 3}
-    for seconds in rounds.seconds.values():
-        assert all(1.2 * SHORT <= one < 1 for one in seconds)
+    assert rounds.seconds == {name: [pytest.approx(1.2 * SHORT)] * 3 for name in "ab"}
 
 
-def test_what_warms_up_does_not_count():
+def test_what_warms_up_does_not_count(clock):
     slow = [0.3, 0.1]  # from the end
 
     def way() -> None:
-        time.sleep(slow.pop() if slow else 0.025)
+        clock.sleep(slow.pop() if slow else 0.025)
 
-    assert max(in_turns({"a": way}, CPU, rounds=3).seconds["a"]) < 0.09
+    rounds = in_turns({"a": way}, CPU, rounds=3, clock=clock)
+    assert rounds.seconds["a"] == [pytest.approx(0.025)] * 3
 
 
-def test_a_short_way_is_called_often_and_its_time_is_that_of_one_call():
+def test_a_short_way_is_called_often_and_its_time_is_that_of_one_call(clock):
     calls = []
 
     def way() -> None:
         calls.append(0)
-        time.sleep(SHORT / 10)
+        clock.sleep(SHORT / 8)
 
-    (seconds,) = in_turns({"a": way}, CPU, rounds=1).seconds["a"]
-    assert 2 + 5 <= len(calls) <= 2 + 10
-    assert SHORT / 10 <= seconds < SHORT
+    (seconds,) = in_turns({"a": way}, CPU, rounds=1, clock=clock).seconds["a"]
+    assert len(calls) == 2 + 8
+    assert seconds == pytest.approx(SHORT / 8)
 
 
-def test_no_round_begins_when_the_time_is_up_but_two_are_made():
-    way = partial(time.sleep, 0.03)
-    assert len(in_turns({"a": way}, CPU, rounds=50, limit=1e-9).seconds["a"]) == 2
-    assert 2 < len(in_turns({"a": way}, CPU, rounds=50, limit=0.3).seconds["a"]) < 12
+def test_no_round_begins_when_the_time_is_up_but_two_are_made(clock):
+    way = partial(clock.sleep, 0.03)
+    few = in_turns({"a": way}, CPU, rounds=50, limit=1e-9, clock=clock)
+    assert len(few.seconds["a"]) == 2
+    # Two to warm up, and rounds as long as 0.3 s are not over.
+    some = in_turns({"a": way}, CPU, rounds=50, limit=0.295, clock=clock)
+    assert len(some.seconds["a"]) == 8
+
+
+def test_the_clock_of_the_machine_is_the_usual_one():
+    (seconds,) = in_turns({"a": partial(time.sleep, SHORT)}, CPU, rounds=1).seconds["a"]
+    assert seconds >= SHORT
 
 
 def test_a_ratio_is_the_median_of_those_of_each_round():

@@ -315,6 +315,16 @@ def test_jpeg_of_endless_scans() -> None:
         decode(data[:-2] + scan * MAX_SCANS + data[-2:], (16, 16, 3))
 
 
+@pytest.mark.parametrize("marker", [0x00, 0x01, 0xD0, 0xD7, 0xD8])
+def test_jpeg_whose_segments_decoders_see_elsewhere(marker: int) -> None:
+    """Behind a marker that has no length, others read on at once: what we took for the length of a
+    segment would hide the frame that they see, and show us another, of any size and one scan."""
+    data = encode_jpeg(np.zeros((16, 16, 3), np.uint8), 90)
+    hidden = data[:2] + bytes((0xFF, marker)) + data[2:]
+    with pytest.raises(ValueError, match=f"marker 0x{marker:02X} before its first scan"):
+        jpeg_shape(hidden)
+
+
 @pytest.mark.parametrize("bands", [1, 3])
 def test_sequential_jpeg_has_one_scan(bands: int) -> None:
     """Scans of it are not counted, for the decoder refuses a second by itself, before it is read:
