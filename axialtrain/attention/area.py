@@ -28,6 +28,7 @@ def attend_windows(
     key_mask: Tensor | None = None,
     bias: Tables | None = None,
     prefix: Prefix | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Each token attends to the window of size x size tokens that it lies in.
 
@@ -37,6 +38,7 @@ def attend_windows(
     key_mask: bool [B, h', w'] of k; None where all are keys. A window without keys gives zeros.
     bias: the bias of a pair is that of its vertical plus that of its horizontal distance.
     prefix: keys and values [B, n, N, K] that join every window, without bias.
+    kernel: "auto", or one of `kernels.KERNELS` for attention without bias.
     Returns [B, h, w, N, K].
     """
     if q.numel() == 0:
@@ -70,6 +72,7 @@ def attend_windows(
                 cut(one_v),
                 mask=None if mask is None else cut(mask),
                 prefix=prefix,
+                kernel=kernel,
                 bias=None if tables is None else _area_bias(tables, *first),
             )
             pieces.append(
@@ -88,12 +91,13 @@ def attend_all(
     key_mask: Tensor | None = None,
     bias: Tables | None = None,
     prefix: Prefix | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Each token attends to every token of the image, as in a standard ViT.
 
     q: [B, h, w, N, K], the tokens of `queries`; k, v: [B, H, W, N, K] of the whole grid.
     key_mask: bool [B, H, W]. An image without keys gives zeros.
-    bias, prefix: as in `attend_windows`.
+    bias, prefix, kernel: as in `attend_windows`.
     Returns [B, h, w, N, K].
     """
     if q.numel() == 0:
@@ -105,6 +109,7 @@ def attend_all(
         v.flatten(1, 2)[:, None],
         mask=None if key_mask is None else key_mask.flatten(1, 2)[:, None],
         prefix=prefix,
+        kernel=kernel,
         bias=None if tables is None else _area_bias(tables, queries, grid),
     )
     return out[:, 0].unflatten(1, q.shape[1:3])

@@ -120,7 +120,9 @@ class _Chunks(torch.autograd.Function):
                     walk.learn(logits, start, stop)
                     _put(dq[here], start, stop, (logits @ k1).mul_(scale))
                     of_k = (logits.transpose(1, 2) @ q2).mul_(scale)
-                    sums = (of_k, of_v) if sums is None else (sums[0] + of_k, sums[1] + of_v)
+                    sums = (
+                        (of_k, of_v) if sums is None else (sums[0].add_(of_k), sums[1].add_(of_v))
+                    )
                 assert sums is not None
                 for x, total in zip((dk, dv), sums, strict=True):
                     _put(x[here], 0, x.shape[2], total)

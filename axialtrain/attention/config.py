@@ -66,7 +66,7 @@ class AxialConfig:
         take the outermost. null: the extents of the model's grid, which no image may exceed then.
     skip_axis: chance of leaving out one pass of a layer of several, while training. What runs is
         scaled so that its expectation is that of evaluation.
-    kernel: what row and column passes without a learned bias are computed by: "fused" (torch's
+    kernel: what passes without a learned bias are computed by: "fused" (torch's
         scaled_dot_product_attention), "chunks" (batched matrix products, some lines at a time) or
         "auto", the one that was measured to be faster. Numbers differ by rounding alone.
 
@@ -147,6 +147,8 @@ class AxialConfig:
             unused.append(f"skip_axis={self.skip_axis} (no layer has several passes)")
         if self.span is not None and self.positions != "relative":
             unused.append(f"span={self.span} (positions={self.positions})")
+        if self.kernel != "auto" and self.positions == "relative":
+            unused.append(f"kernel={self.kernel} (positions=relative)")
         return unused
 
     def check_heads(self, dim: int, heads: int, passes: Collection[Pass] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which kernel attends, by device, dtype, length and head width, and what kernels cannot take."""
+"""Which kernel attends, by device, dtype and length, and what kernels cannot take."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ class Limits:
 
 LIMITS = {"cuda": Limits(batch=2**16 - 1, heads=2**16 - 1, elements=2**31 - 1)}
 
-# On a CPU, where fused kernels are slow: (dtype, lengths from). In fp32 they are the fastest at
-# all lengths; in 16 bits their backward is not, see "Kernels" in docs/attention.md.
-CPU_CHUNKS = {torch.bfloat16: 1, torch.float16: 1}
+# On a CPU, where fused kernels are slow: the most keys of a line, of all heads. In fp32 fused ones
+# are the fastest at all lengths; in 16 bits their backward is slow, and chunks are faster until they
+# have so few queries that widening all keys is most of the work: at 8 heads of 4096 keys they are,
+# at 8 of 16384 not.
+CPU_CHUNKS = {torch.bfloat16: 2**15, torch.float16: 2**15}
 
 
 def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto") -> str:
@@ -39,9 +41,9 @@ def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto") -> str:
         raise ValueError(f"kernel={kernel!r}: allowed are {list(KERNELS)}")
     if kernel != "auto":
         return kernel
-    least = CPU_CHUNKS.get(q.dtype) if q.device.type == "cpu" else None
+    most = CPU_CHUNKS.get(q.dtype, 0) if q.device.type == "cpu" else 0
     # Traced, a chunk is a part of the graph: a compiled layer takes the one fused call.
-    slow = least is not None and k.shape[2] >= least and not torch.compiler.is_compiling()
+    slow = k.shape[2] * k.shape[3] <= most and not torch.compiler.is_compiling()
     return "chunks" if slow else "fused"
 
 

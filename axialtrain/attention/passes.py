@@ -98,7 +98,7 @@ class AxialAttention(nn.Module):
             out = self._all(q, k, v, place, valid, own)
         out = self.proj(out.flatten(3))
         if mine is not None:
-            out = out.masked_fill_(~mine[..., None], 0.0)  # nobody keeps it: in its place
+            out = out.masked_fill(~mine[..., None], 0.0)
         return out, prefix
 
     def _line(
@@ -179,6 +179,7 @@ class AxialAttention(nn.Module):
             key_mask=None if valid is None else valid[:, *keys.slices(place.grid)],
             bias=self._tables(),
             prefix=prefix,
+            kernel=self.kernel,
         )
 
     def _all(
@@ -191,7 +192,10 @@ class AxialAttention(nn.Module):
         prefix: Prefix | None,
     ) -> Tensor:
         k, v = self._fetched(k, v, place, lambda _: place.grid, rows=True, cols=True)
-        return attend_all(q, k, v, place.rect, key_mask=valid, bias=self._tables(), prefix=prefix)
+        bias = self._tables()
+        return attend_all(
+            q, k, v, place.rect, key_mask=valid, bias=bias, prefix=prefix, kernel=self.kernel
+        )
 
     def _fetched(
         self,

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from axialtrain.attention.positions import Turns, turned
-from axialtrain.mesh.projection import Projection, Sum, arithmetic_dtype, tokens_at_a_time
+from axialtrain.mesh.projection import (
+    Projection,
+    Sum,
+    arithmetic_dtype,
+    autocasted,
+    tokens_at_a_time,
+)
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -25,11 +31,14 @@ def project_heads(
     """q, k, v: [..., h, w, N, K] each, of x: [..., h, w, D]; q and k turned.
 
     weight: [N 3 K, D], packed head by head, [N][q, k, v][K]; bias: [N 3 K].
-    turns: see `positions.turns_of`; without any, x is [..., D].
+    turns: see `positions.turns_of`; without any, x is [..., D]. Under autocast all are cast as
+    torch's linear layer casts them.
     Adjoint: the turns backwards, then that of the projection.
     """
     rows, cols = turns
-    return _ProjectHeads.apply(x, weight, bias, rows, cols, head_dim)
+    given = autocasted(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _ProjectHeads.apply(*given, rows, cols, head_dim)
 
 
 class HeadProjection(Projection):

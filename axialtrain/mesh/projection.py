@@ -30,6 +30,15 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """x and the others as torch's linear layer would take them where autocast is on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    return [None if one is None else one.to(dtype) for one in (x, *others)]
+
+
 def tokens_at_a_time(x: Tensor, width: int) -> int:
     """How many tokens a chunk has, of `width` numbers each at their widest."""
     return max(LEAST, CHUNK.get(x.device.type, CHUNK["cuda"]) // max(1, width))

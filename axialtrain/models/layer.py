@@ -169,7 +169,8 @@ class Layer(nn.Module):
         for lines, here in self.exchange.bands(x, place, goal.layout):
             out, _ = attn(norm(lines), prefix, here, which, valid, skip=number == skipped)
             done.append(self._added(lines, out, keep))
-        return torch.cat(done, 3 - which.dims[0])  # along the dim that is not attended to
+        # along the dim that is not attended to
+        return done[0] if len(done) == 1 else torch.cat(done, 3 - which.dims[0])
 
     def _sum(
         self,

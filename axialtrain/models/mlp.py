@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from axialtrain.mesh.projection import Copied, Projection, Sum, Summed, arithmetic_dtype
+from axialtrain.mesh.projection import (
+    Copied,
+    Projection,
+    Sum,
+    Summed,
+    arithmetic_dtype,
+    autocasted,
+)
 
 
 class Mlp(nn.Module):
@@ -37,9 +44,9 @@ class Mlp(nn.Module):
             out: Tensor = self.fc2(self.act(self.fc1(x)))
             return out
         fc1, fc2 = self.fc1, self.fc2
-        x = self.copied(x)
-        out = _Chunked.apply(x, fc1.weight, fc1.bias, fc2.weight, self.chunk)
-        return self.summed(out) + fc2.bias
+        *inner, offset = autocasted(self.copied(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.summed(_Chunked.apply(*inner, self.chunk)) + offset
 
 
 class _Chunked(torch.autograd.Function):

@@ -3,7 +3,7 @@
 A layer is one graph, with no break in it, for each size of the token grid (and with and without a
 mask), so a run over images of bucketed sizes compiles once for each bucket. Weights keep their
 names. What has no graph is refused: collectives of a mesh within an image, the hooks with which
-ZeRO 3 gathers weights inside of a layer, and draws of numpy.
+ZeRO 3 gathers weights inside of a layer, a learned bias, and draws of numpy.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
         raise ValueError(
             "train.compile=true, and zero.stage=3, which gathers weights inside of a layer: "
             "allowed are 0, 1, 2, or train.compile=false"
+        )
+    if model.axial_config.positions == "relative":
+        raise ValueError(
+            "train.compile=true, and model.axial_config.positions=relative, whose gradient is "
+            "taken in chunks without a graph: allowed are rope, axial, none, or train.compile=false"
         )
     draws = {"drop_path": model.drop_path, "axial_config.skip_axis": model.axial_config.skip_axis}
     for key, value in draws.items():

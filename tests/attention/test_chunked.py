@@ -147,6 +147,9 @@ def test_the_kernel_of_each_dtype_and_device():
     wide, narrow = torch.empty(1, 2, 3, 1, 4), torch.empty(1, 2, 3, 1, 4, dtype=torch.bfloat16)
     assert kernel_for(wide, wide) == "fused"
     assert kernel_for(narrow, narrow) == "chunks"
+    for keys, kernel in ((2**14, "chunks"), (2**14 + 1, "fused")):
+        long = narrow[:, :1, :1].expand(1, 1, keys, 2, 4)
+        assert kernel_for(narrow, long) == kernel
     assert kernel_for(narrow.to("meta"), narrow.to("meta")) == "fused"
     assert kernel_for(narrow, narrow, "fused") == "fused"
     assert kernel_for(wide, wide, "chunks") == "chunks"

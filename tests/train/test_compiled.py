@@ -120,8 +120,14 @@ def test_a_model_without_our_layers_is_refused():
         ({}, {}, 3, r"zero\.stage=3, .* allowed are 0, 1, 2"),
         ({"drop_path": 0.1}, {}, 1, r"model\.drop_path=0\.1"),
         ({"axial_config": {"skip_axis": 0.2}}, {}, 1, r"model\.axial_config\.skip_axis=0\.2"),
+        (
+            {"axial_config": {"positions": "relative", "span": 4}},
+            {},
+            0,
+            r"positions=relative, .* are rope",
+        ),
     ],
-    ids=["row", "col", "tensor", "zero", "drop_path", "skip_axis"],
+    ids=["row", "col", "tensor", "zero", "drop_path", "skip_axis", "relative"],
 )
 def test_what_has_no_graph_is_refused(model, mesh, stage, said):
     config = AxialTransformerConfig(dim=16, heads=2, **model)
