@@ -26,9 +26,9 @@ class Limits:
 LIMITS = {"cuda": Limits(batch=2**16 - 1, heads=2**16 - 1, elements=2**31 - 1)}
 
 # On a CPU, where fused kernels are slow: the most keys of a line, of all heads. In fp32 fused ones
-# are the fastest at all lengths; in 16 bits their backward is slow, and chunks are faster until they
-# have so few queries that widening all keys is most of the work: at 8 heads of 4096 keys they are,
-# at 8 of 16384 not.
+# are the fastest at all lengths; in 16 bits their backward is slow, and chunks are faster until
+# they have so few queries that widening all keys is most of the work: at 8 heads of 4096 keys they
+# are, at 8 of 16384 not.
 CPU_CHUNKS = {torch.bfloat16: 2**15, torch.float16: 2**15}
 
 

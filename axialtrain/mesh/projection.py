@@ -71,12 +71,16 @@ class _Project(torch.autograd.Function):
         wide = arithmetic_dtype(x)
         matrix = weight.to(wide)
         of_weight, of_bias = Sum(weight), Sum(weight[:, 0])
-        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        of_x = None  # of pixels nobody asks for it
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat, tokens = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
         for some in chunks(x, max(weight.shape)):
             part = tokens[some].to(wide)
-            of_x.view(-1, x.shape[-1])[some] = part @ matrix
-            of_weight.add(part.t() @ flat[some].to(wide))
+            if of_x is not None:
+                of_x.view(-1, x.shape[-1])[some] = part @ matrix
+            if ctx.needs_input_grad[1]:
+                of_weight.add(part.t() @ flat[some].to(wide))
             if ctx.biased:
                 of_bias.add(part.sum(0))
         return of_x, of_weight.total(), of_bias.total() if ctx.biased else None

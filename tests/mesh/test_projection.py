@@ -48,6 +48,22 @@ def test_chunks_add_up_to_the_layer(shape, biased, small_chunks):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_what_needs_no_gradient_gets_none(small_chunks):
+    """Pixels, and frozen weights: the others' gradients are the same."""
+    x, weight, bias = leaf(11, 6, seed=0), leaf(7, 6, seed=1), leaf(7, seed=2)
+    seen = leaf(11, 7, seed=3).detach()
+    want = torch.autograd.grad((F.linear(x, weight, bias) * seen).sum(), (x, weight, bias))
+    for frozen in (0, 1):
+        given = [
+            one.detach().requires_grad_(n != frozen) for n, one in enumerate((x, weight, bias))
+        ]
+        (projection._Project.apply(*given) * seen).sum().backward()
+        assert given[frozen].grad is None
+        for one, other in zip(given, want, strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(one.grad, other, rtol=1e-12, atol=1e-12)
+
+
 def test_bf16_is_rounded_once(no_bf16, small_chunks):
     x, weight, bias = (
         leaf(*shape, seed=n, dtype=BF16) for n, shape in enumerate([(40, 6), (7, 6), (7,)])
