@@ -26,8 +26,8 @@ class Mlp(nn.Module):
     mlp_ratio times as wide as the tokens, are then computed again in backward, so that those of one
     chunk are all that ever exist. None: all at once, kept for backward.
 
-    Its parameters are used without calling fc1 and fc2, so ZeRO 3 gathers them with this module
-    (`train.engine` says so): each once, however many chunks a rank's tokens make.
+    In chunks the parameters of fc1 and fc2 are used without calling these, with whose calls ZeRO 3
+    gathers them: there `train.engine` sets None.
     """
 
     def __init__(self, dim: int, width: int, chunk: int | None = None) -> None:

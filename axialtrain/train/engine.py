@@ -22,7 +22,6 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from axialtrain.mesh.mesh import Mesh
@@ -87,9 +86,12 @@ class Engine:
 
         self._linear = torch.nn.functional.linear
         _prepare_deepspeed()
-        if any(isinstance(module, Mlp) for module in model.modules()):
-            # It uses the parameters of its projections without calling them: gathered with it.
-            set_z3_leaf_modules(model, [Mlp])
+        if zero.stage == 3:
+            # In chunks it uses the parameters of its projections without calling these, with whose
+            # calls DeepSpeed gathers them.
+            for module in model.modules():
+                if isinstance(module, Mlp):
+                    module.chunk = None
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=torch_optimizer(model, optim),

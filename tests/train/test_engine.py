@@ -182,7 +182,7 @@ def test_what_is_not_allowed_is_named(config, key, value):
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("mesh", ["data 2, row 2", "col 2, tensor 2"])
 def test_an_mlp_in_chunks_takes_the_same_steps(mesh, stage):
-    """Ranks have different numbers of chunks; at stage 3 each still gathers its weights once."""
+    """Ranks have different numbers of chunks; at stage 3 there are none."""
     begin = CHUNKED.build()
     serial = replace(CHUNKED, build=build_unchunked)
     expected = serial_steps(serial, SGD, RATES)
