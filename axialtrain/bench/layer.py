@@ -52,7 +52,10 @@ class Ours(nn.Module):
 def missing(setting: Setting) -> list[str]:
     if find_spec(PACKAGE):
         return []
-    return ["the package `axial-attention`, which is not installed here; ours stand alone"]
+    return [
+        "the package `axial-attention`, which is not installed here (`pip install "
+        "axialtrain[bench]`); ours stand alone"
+    ]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
