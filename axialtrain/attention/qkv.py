@@ -19,6 +19,7 @@ from axialtrain.mesh.projection import (
     Sum,
     arithmetic_dtype,
     autocasted,
+    no_autocast,
     tokens_at_a_time,
 )
 
@@ -37,7 +38,7 @@ def project_heads(
     """
     rows, cols = turns
     given = autocasted(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _ProjectHeads.apply(*given, rows, cols, head_dim)
 
 

@@ -8,6 +8,7 @@ fp32, a chunk of tokens at a time, and rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,10 +34,18 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """x and the others as torch's linear layer would take them where autocast is on."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return [x, *others]
     dtype = torch.get_autocast_dtype(kind)
     return [None if one is None else one.to(dtype) for one in (x, *others)]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it autocast is off on x's device, where there is one: not on meta."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def tokens_at_a_time(x: Tensor, width: int) -> int:

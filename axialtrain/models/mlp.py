@@ -16,6 +16,7 @@ from axialtrain.mesh.projection import (
     Summed,
     arithmetic_dtype,
     autocasted,
+    no_autocast,
 )
 
 
@@ -45,7 +46,7 @@ class Mlp(nn.Module):
             return out
         fc1, fc2 = self.fc1, self.fc2
         *inner, offset = autocasted(self.copied(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return self.summed(_Chunked.apply(*inner, self.chunk)) + offset
 
 
