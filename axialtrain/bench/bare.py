@@ -7,6 +7,7 @@ had, and then timed bare. What the step takes beyond is everything else, and is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,11 +73,16 @@ class BareRate:
 
 
 def bare_rate(
-    step: Callable[[], None], *, rounds: int = 5, products_of: Callable[[], None] | None = None
+    step: Callable[[], None],
+    *,
+    rounds: int = 5,
+    limit: float = math.inf,
+    products_of: Callable[[], None] | None = None,
 ) -> BareRate:
     """Time `step` and its matrix products and attention kernels alone, in turns.
 
-    step: one whole training step; it is run rounds + 2 times.
+    step: one whole training step; it is run rounds + 2 times. limit: s after which no further
+        round begins, once there is one.
     products_of: the same step uncompiled, where `step` is compiled: what is inside of a compiled
         graph cannot be collected.
     Holds the arguments of one call of each kind of product, as large as they were.
@@ -94,7 +100,10 @@ def bare_rate(
         )
     steps: list[float] = []
     bare: list[dict[str, float]] = []
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - begin > limit:
+            break
         steps.append(_seconds(step, record.sync))
         bare.append(
             {name: _seconds(one.again, record.sync) for name, one in record.products.items()}

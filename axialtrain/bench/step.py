@@ -90,7 +90,8 @@ def training_step(
 
 
 def _model(setting: Setting, name: str, side: int, dtype: torch.dtype, case: str) -> list[Result]:
-    rate = bare_rate(training_step(name, side, setting.device, dtype), rounds=setting.rounds)
+    step = training_step(name, side, setting.device, dtype)
+    rate = bare_rate(step, rounds=setting.rounds, limit=setting.limit)
     # Timed in one step that is looked into, and so slower: their shares of each other.
     others = [row for row in rate.rows if not row.product]
     every = sum(row.seconds for row in others)

@@ -57,7 +57,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x: [..., I], weight: [O, I], bias: [O] -> x weight^T + bias, [..., O]."""
     if x.dtype is not weight.dtype or arithmetic_dtype(x) is x.dtype:
         return F.linear(x, weight, bias)
-    return _Project.apply(x, weight, bias)
+    with no_autocast(x):
+        return _Project.apply(x, weight, bias)
 
 
 class _Project(torch.autograd.Function):
@@ -127,14 +128,6 @@ class Projection(nn.Linear):
     """
 
     arithmetic: Arithmetic = staticmethod(project)
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> Projection:
-        """With the parameters of `linear` themselves."""
-        with torch.device("meta"):  # what it would draw is thrown away
-            own = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        own.weight, own.bias = linear.weight, linear.bias
-        return own.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.arithmetic(x, self.weight, self.bias)

@@ -56,6 +56,10 @@ def test_what_is_no_product_lowers_the_share():
         a @ a
 
     assert bare_rate(slow, rounds=3).share < 0.5
+    calls = []
+    limited = bare_rate(lambda: (calls.append(0), product()), rounds=50, limit=1e-9)
+    assert len(calls) == 1 + 1 + 1  # once before, once looked into, one round
+    assert limited.step_s > 0
     assert bare_rate(slow, rounds=3).step_s > 0.05
     assert bare_rate(product, rounds=3).share > bare_rate(slow, rounds=3).share
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from axialtrain.mesh import projection
-from axialtrain.mesh.projection import Projection, Sum, chunks, project
+from axialtrain.mesh.projection import Sum, chunks, project
 
 BF16 = torch.bfloat16
 
@@ -99,13 +99,3 @@ def test_a_sum_of_bf16_gradients_is_added_up_in_fp32():
     for _ in range(1000):
         total.add(torch.ones(1, dtype=BF16))
     assert float(total.total()) == 1000  # in bf16 it would stay at 256
-
-
-def test_of_takes_the_parameters_themselves():
-    linear = nn.Linear(6, 7).eval()
-    own = Projection.of(linear)
-    assert own.weight is linear.weight
-    assert own.bias is linear.bias
-    assert not own.training
-    x = torch.randn(3, 6)
-    assert torch.equal(own(x), linear(x))
