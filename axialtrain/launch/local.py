@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed import Store, TCPStore
@@ -275,7 +275,7 @@ def _rank(
         os.close(inherited)
     signal.set_wakeup_fd(-1)  # the launcher's, as are the handlers
     for number in TOLD_BY:
-        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        own = _interrupt_once if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, own)
     keep_memory()
     os.environ.update(
@@ -291,7 +291,6 @@ def _rank(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD_BY)
         fn(*arguments)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's comes with the launcher's
         sys.exit(130)
     except Interrupted as error:
         sys.exit(again(error))
@@ -306,6 +305,13 @@ def _rank(
         message = f"axialtrain: rank {rank} failed:\n{traceback.format_exc()}"
         print(message, file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Python's own handler, for the first only: a terminal's comes with the launcher's, and the
+    second must not interrupt the end that the first began."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def keep_memory() -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from distributed.watch_ranks import small_run
 
 from axialtrain.launch.errors import speaks
 from axialtrain.launch.local import (
-    can_fork,  # noqa: F401 - for the code in `launched`
+    can_fork,
     processes_of_outer_launcher,
     start,
     threads_each,
@@ -69,6 +70,18 @@ def compute() -> None:
         dist.barrier()
         print(f"{torch.get_num_threads()} {os.path.basename(name)}\n", end="", flush=True)
         dist.destroy_process_group()
+
+
+def told_again_and_again() -> None:
+    rank = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what a fork calls swallows it
+    if os.fork() == 0:
+        with suppress(ProcessLookupError):
+            for _ in range(5000):
+                os.kill(rank, signal.SIGINT)
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    time.sleep(60)
 
 
 def wait_long() -> None:
@@ -157,6 +170,14 @@ def test_an_interrupt_ends_ranks_that_cannot_save(fork):
     status, errors = ended(process)
     assert status == 130
     assert errors.count("interrupted by SIGINT: nothing was saved now") == 1
+
+
+@FORKED
+def test_interrupts_in_close_order_are_one(capfd, fork):
+    """A terminal's and the launcher's reach a rank together; the second broke the end that the
+    first had begun, with a traceback."""
+    assert start(told_again_and_again, (), 2, fork=fork and can_fork()) == 130
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
