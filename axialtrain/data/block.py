@@ -7,16 +7,22 @@ the shards apart without our directory of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.codec import Instances, Pixels, decode, decode_instances
+from axialtrain.data.codec import (
+    Instances,
+    Pixels,
+    decode,
+    decode_instances,
+    decoding_memory,
+)
 from axialtrain.data.damage import Damage
 from axialtrain.data.kinds import Raster
 from axialtrain.data.store import (
@@ -36,8 +42,7 @@ from axialtrain.data.tar import is_file, parse_header, plain_file
 from axialtrain.grid import Rect
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in the tar. offset: of its data in the shard."""
 
     offset: int
@@ -107,28 +112,28 @@ class Block:
             self._rasters[name] = self._decoded(name, decoded)
         return self._rasters[name]
 
-    def area(self, rect: Rect) -> int:
-        """Pixels that the block's tiles and `rect` have in common, those under a mask included."""
-        return sum(part.area for _, _, part in self.tiles(rect))
-
     def paint_pixels(
         self,
         pixels: Raster,
         present: NDArray[np.bool_],
         rect: Rect,
+        tiles: Sequence[tuple[Tile, Rect, Rect]],
+        *,
+        covered: bool = False,
         damaged: list[Damage] | None = None,
     ) -> int:
-        """Decode the tiles that `rect` meets into `pixels` and `present`; how many there were.
+        """Decode `tiles`, those that `rect` meets, into `pixels` and `present`; how many there are.
 
-        All of both is set where there is a tile, to 0 where a mask leaves something out. damaged:
-        where tiles that cannot be decoded are noted, which count as missing; None: they are raised.
+        All of both is set where there is a tile, to 0 where a mask leaves something out. covered:
+        whether all of `present` is true already. damaged: where tiles that cannot be decoded are
+        noted, which count as missing; None: they are raised.
         """
         count = 0
-        decoded: Raster | None = None  # whose memory the next one takes: it is in the cache
-        for tile, whole, part in self.tiles(rect):
+        out = decoding_memory(self.head.tile, self.head.bands)
+        decoder = partial(decode_tile, head=self.head, out=out)
+        for tile, whole, part in tiles:
             here = part.slices(rect)
             try:
-                decoder = partial(decode_tile, head=self.head, out=decoded)
                 decoded = self._decoded(tile.member, decoder)
                 there = self._present(part)
             except ValueError as error:
@@ -138,12 +143,13 @@ class Block:
                 damaged.append(Damage(name, "tile", tile.row, tile.col, 1, str(error)))
                 pixels[here], present[here] = 0, False
                 continue
-            found = decoded[part.slices(whole)]
-            present[here] = there
-            if isinstance(there, bool):  # a copy under a mask takes ten times as long
+            found = decoded if part is whole else decoded[part.slices(whole)]
+            if isinstance(there, bool):
+                if not covered:
+                    present[here] = there
                 pixels[here] = found
-            else:
-                pixels[here] = 0
+            else:  # a copy under a mask takes ten times as long
+                present[here], pixels[here] = there, 0
                 np.copyto(pixels[here], found, where=there[..., None])
             count += 1
         return count
@@ -203,7 +209,10 @@ class Block:
 
 
 def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
-    """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
+    """(tile, its rectangle, what it, the image and `rect` have in common) where they meet.
+
+    A tile that lies in them has itself in common with them: the same object, so that it is known.
+    """
     inside, size = rect.intersect(head.rect), head.tile
     top, bottom = inside.top // size, -(-inside.bottom // size)
     left, right = inside.left // size, -(-inside.right // size)
@@ -211,8 +220,15 @@ def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, 
         if not (top <= tile.row < bottom and left <= tile.col < right):
             continue
         y, x = tile.row * size, tile.col * size
-        whole = Rect(y, y + size, x, x + size)
-        yield tile, whole, whole.intersect(inside)
+        whole = part = Rect(y, y + size, x, x + size)
+        if (
+            y < inside.top
+            or x < inside.left
+            or whole.bottom > inside.bottom
+            or whole.right > inside.right
+        ):
+            part = whole.intersect(inside)
+        yield tile, whole, part
 
 
 def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> BlockIndex | None:

@@ -382,18 +382,19 @@ def painted(
     damaged: what is left out already, to which what cannot be decoded is added; None: it is raised.
     """
     size = (rect.height, rect.width)
-    # Where tiles cover all of it, zeros below them would be written for nothing.
-    covered = sum(block.area(rect) for block in blocks) == rect.area
+    tiles = [list(block.tiles(rect)) for block in blocks]
+    # Where they cover all of it, zeros below them would be written for nothing.
+    covered = sum(part.area for some in tiles for _, _, part in some) == rect.area
     pixels = (np.empty if covered else np.zeros)((*size, image.bands), image.kind.numpy)
-    present = (np.empty if covered else np.zeros)(size, np.bool_)
+    present = np.full(size, covered)
     labels = instances = None
     if rasters and image.classes is not None:
         labels = np.full(size, UNLABELLED, np.uint8)
     if rasters and image.instances is not None:
         instances = np.zeros(size, np.uint16)
-    tiles = 0
-    for block in blocks:
-        tiles += block.paint_pixels(pixels, present, rect, damaged)
+    decoded = 0
+    for block, some in zip(blocks, tiles, strict=True):
+        decoded += block.paint_pixels(pixels, present, rect, some, covered=covered, damaged=damaged)
         if labels is not None:
             with _spared(block, "labels", damaged):
                 block.paint_labels(labels, rect)
@@ -405,7 +406,7 @@ def painted(
             labels[~present] = UNLABELLED
         if instances is not None:
             instances[~present] = 0
-    return Region(pixels, labels, instances, present, bytes_read, tiles, tuple(damaged or ()))
+    return Region(pixels, labels, instances, present, bytes_read, decoded, tuple(damaged or ()))
 
 
 def block_damage(head: Head, entry: BlockEntry, error: ValueError) -> Damage:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import struct
 import tarfile
 import zlib
 
-_FILE = ord(tarfile.REGTYPE)
-_OCTAL = re.compile(rb"[0-7]+[\0 ]*")
+# Name, size, sum, type, magic and version, first byte of the prefix.
+_FIELDS = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x B 166x")
+_OCTAL = re.compile(rb"[0-7]{11}\0")
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -30,25 +32,21 @@ def parse_header(data: bytes) -> tarfile.TarInfo:
 def plain_file(header: bytes) -> tuple[str, int] | None:
     """(name, size) of an ordinary file from a sound ustar header with a name in ASCII.
 
-    None where `parse_header` must tell more. It takes a tenth of the time of that.
+    None where `parse_header` must tell more: numbers that are written otherwise than tarfile writes
+    them, too. It takes a tenth of the time of that.
     """
-    size, sums = header[124:136], header[148:156]
-    if (
-        header[257:265] != b"ustar\x0000"
-        or header[156] != _FILE
-        or header[345]
-        or len(header) != 512
-    ):
+    if len(header) != _FIELDS.size:
         return None
-    if not _OCTAL.fullmatch(size) or not _OCTAL.fullmatch(sums):
+    name, size, sums, kind, magic, prefix = _FIELDS.unpack(header)
+    if magic != b"ustar\x0000" or kind != tarfile.REGTYPE or prefix:
         return None
     # The sum of its bytes, those of the sum itself taken as spaces. Adler-32 has it in its lower
     # half, plus one; larger sums than fit there are not of names and numbers.
     found = (zlib.adler32(header) & 0xFFFF) - 1 - sum(sums) + 8 * ord(" ")
-    name = header[:100].partition(b"\0")[0]
-    if found != int(sums.rstrip(b"\0 "), 8) or not name.isascii():
+    name = name.partition(b"\0")[0]
+    if sums != b"%06o\0 " % found or not _OCTAL.fullmatch(size) or not name.isascii():
         return None
-    return name.decode("ascii"), int(size.rstrip(b"\0 "), 8)
+    return name.decode("ascii"), int(size[:-1], 8)
 
 
 def file_header(name: str, size: int) -> bytes:
