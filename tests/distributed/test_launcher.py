@@ -1,11 +1,15 @@
 """The launcher brings back results and the first error, and does not wait for a hung rank."""
 
+import gc
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.launcher import RankError, run_ranks
+
+from axialtrain.mesh.mesh import Mesh
 
 
 def total(value: int) -> int:
@@ -18,6 +22,14 @@ def fail_on_one() -> None:
     if dist.get_rank() == 1:
         raise ZeroDivisionError("planted")
     dist.barrier()  # would wait for rank 1
+
+
+def threads_before_a_mesh() -> int:
+    gc.disable()  # it comes seldom where much has been imported
+    found = len(os.listdir("/proc/self/task"))
+    around: list[object] = [Mesh(row=2)]
+    around.append(around)  # only the collector frees it
+    return found
 
 
 def hang() -> None:
@@ -40,3 +52,11 @@ def test_a_hung_rank_ends_the_test():
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] gave no answer"):
         run_ranks(hang, 2, timeout=5)
     assert time.monotonic() - started < 20
+
+
+def test_no_thread_of_a_mesh_is_left():
+    try:
+        run_ranks(threads_before_a_mesh, 2)
+        assert run_ranks(threads_before_a_mesh, 2) == run_ranks(threads_before_a_mesh, 2)
+    finally:
+        run_ranks(gc.enable, 2)
