@@ -66,8 +66,9 @@ class Block:
         Where it can be told it names the member, too.
         """
         prefix = f"{block_key(head.name, head.level, entry.row, entry.col)}."
+        sound = google_crc32c.value(data) == entry.crc32c
         members = {}
-        for name, member in _tar_members(memoryview(data), path, entry.offset):
+        for name, member in _tar_members(data, path, entry.offset, sound=sound):
             if not name.startswith(prefix):
                 raise ValueError(
                     f"{path}: byte {member.offset}: member {name!r} stands there, allowed are "
@@ -79,7 +80,7 @@ class Block:
         where = f"{path}: byte {members['json'].offset}: member {prefix}json"
         index = BlockIndex.from_json(bytes(members["json"].data), head, entry.row, entry.col, where)
         block = Block(head, path, index, members)
-        if google_crc32c.value(data) != entry.crc32c:
+        if not sound:
             where = block._damaged() or f"{path}: byte {entry.offset}: block {prefix[:-1]}"
             raise ValueError(f"{where}: is damaged (its CRC-32C is not the stored one)")
         return block
@@ -291,23 +292,28 @@ def decode_numbers(data: bytes, head: Head, block: Rect) -> Instances:
     return raster
 
 
-def _tar_members(data: memoryview, path: str, offset: int) -> Iterator[tuple[str, Member]]:
-    """(name, member) of each file in `data`, which starts at byte `offset` of the shard."""
-    at = 0
-    while at < len(data):
-        header = bytes(data[at : at + TAR_RECORD])
+def _tar_members(
+    data: bytes, path: str, offset: int, *, sound: bool
+) -> Iterator[tuple[str, Member]]:
+    """(name, member) of each file in `data`, which starts at byte `offset` of the shard.
+
+    sound: see `plain_file`.
+    """
+    view, end, at = memoryview(data), len(data), 0
+    while at < end:
+        plain = plain_file(data, at, sound=sound)
         at += TAR_RECORD
-        if (plain := plain_file(header)) is not None and plain[1] <= len(data) - at:
+        if plain is not None and plain[1] <= end - at:
             name, size = plain
         else:
             try:
-                info = parse_header(header)
+                info = parse_header(data[at - TAR_RECORD : at])
             except ValueError as error:
                 raise ValueError(f"{path}: byte {offset + at - TAR_RECORD}: {error}") from error
             name, size = info.name, info.size
-            if not is_file(info, len(data) - at):
+            if not is_file(info, end - at):
                 raise ValueError(
                     f"{path}: byte {offset + at}: member {name!r} is no file that ends in its block"
                 )
-        yield name, Member(offset + at, data[at : at + size])
+        yield name, Member(offset + at, view[at : at + size])
         at += -(-size // TAR_RECORD) * TAR_RECORD

@@ -29,22 +29,26 @@ def parse_header(data: bytes) -> tarfile.TarInfo:
         raise ValueError(f"no tar header where one belongs ({error})") from error
 
 
-def plain_file(header: bytes) -> tuple[str, int] | None:
-    """(name, size) of an ordinary file from a sound ustar header with a name in ASCII.
+def plain_file(data: bytes, at: int = 0, *, sound: bool = False) -> tuple[str, int] | None:
+    """(name, size) of an ordinary file from its ustar header at byte `at`, with a name in ASCII.
 
-    None where `parse_header` must tell more: numbers that are written otherwise than tarfile writes
-    them, too. It takes a tenth of the time of that.
+    sound: whether the bytes are known to be those that were written; otherwise the header's own sum
+    is compared. None where `parse_header` must tell more: numbers that are written otherwise than
+    tarfile writes them, too. It takes a tenth of the time of that.
     """
-    if len(header) != _FIELDS.size:
+    if len(data) - at < _FIELDS.size:
         return None
-    name, size, sums, kind, magic, prefix = _FIELDS.unpack(header)
+    name, size, sums, kind, magic, prefix = _FIELDS.unpack_from(data, at)
     if magic != b"ustar\x0000" or kind != tarfile.REGTYPE or prefix:
         return None
-    # The sum of its bytes, those of the sum itself taken as spaces. Adler-32 has it in its lower
-    # half, plus one; larger sums than fit there are not of names and numbers.
-    found = (zlib.adler32(header) & 0xFFFF) - 1 - sum(sums) + 8 * ord(" ")
+    if not sound:
+        # The sum of its bytes, those of the sum itself taken as spaces. Adler-32 has it in its
+        # lower half, plus one; larger sums than fit there are not of names and numbers.
+        found = zlib.adler32(data[at : at + _FIELDS.size]) & 0xFFFF
+        if sums != b"%06o\0 " % (found - 1 - sum(sums) + 8 * ord(" ")):
+            return None
     name = name.partition(b"\0")[0]
-    if sums != b"%06o\0 " % found or not _OCTAL.fullmatch(size) or not name.isascii():
+    if not _OCTAL.fullmatch(size) or not name.isascii():
         return None
     return name.decode("ascii"), int(size[:-1], 8)
 
