@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from axialtrain.bench.timing import Way
 from axialtrain.bench.together import in_turns_together
 from axialtrain.grid import Layout, Place, messages
 from axialtrain.mesh.collectives import gather_objects
@@ -74,7 +75,7 @@ def measure(
             swap(x, place, after, mesh)
             sent = sum(one.sent_bytes for one in groups) - start
             formula = x.nbytes * (group.size - 1) / group.size
-            ways = {"swap": partial(swap, x, place, after, mesh), "bare": bare}
+            ways: dict[str, Way] = {"swap": partial(swap, x, place, after, mesh), "bare": bare}
             taken = in_turns_together(ways, mesh, device, rounds=rounds, limit=limit)
             every = gather_objects((sent, formula), mesh.world)
             found.append(
