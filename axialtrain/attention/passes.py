@@ -15,8 +15,8 @@ from axialtrain.attention.merge import attend_everywhere
 from axialtrain.attention.positions import Turns, turns_of
 from axialtrain.attention.qkv import HeadProjection
 from axialtrain.grid import Place, Rect, cuts_windows, windows_of
+from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.exchange import Exchange
-from axialtrain.mesh.per_head import PerHead
 from axialtrain.mesh.projection import Projection
 
 
@@ -53,7 +53,7 @@ class AxialAttention(nn.Module):
         self.qkv = HeadProjection(dim, self.head_dim, bias=qkv_bias)
         self.proj = Projection(dim, dim)
         self.exchange = Exchange(heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
-        self.per_head = PerHead()
+        self.per_head = Crossing("heads")
         self.bias_h = self.bias_w = None  # of vertical and of horizontal distances
         if config.positions == "relative":
             self.bias_h = _table(1, heads, passes, config, grid)

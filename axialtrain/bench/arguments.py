@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 SUITES = {  # what each measures
     "attention": "attention along one axis, beside the plain formula and torch's fused attention",
-    "layer": "the attention module, beside that of the `axial-attention` package",
+    "layer": "the attention module, beside the `axial-attention` package's; a layer's traffic",
     "step": "training steps, and what share of them is matrix products and attention",
-    "exchange": "how fast tokens change layout among local ranks, beside a bare all-to-all",
+    "exchange": "how fast tokens change layout among local ranks; a layer with mesh.overlap",
     "memory": "what a layer holds at once on growing grids, and what a gigapixel would",
     "complexity": "time, memory and counted FLOP on growing grids, beside the formulas, plotted",
 }

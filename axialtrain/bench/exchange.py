@@ -5,18 +5,20 @@ Measured on ranks that exist already: whoever starts them calls `measure` on eac
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
-from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from axialtrain.grid import Layout, messages
-from axialtrain.mesh.collectives import gather_objects, sum_over
+from axialtrain.bench.timing import Way
+from axialtrain.bench.together import in_turns_together
+from axialtrain.grid import Layout, Place, messages
+from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.exchange import swap
 from axialtrain.mesh.mesh import Group, Mesh
 
@@ -39,15 +41,6 @@ class Rates:
     sent_bytes: int
     formula_bytes: float
 
-    @property
-    def swap_rate(self) -> float:
-        """Bytes that all ranks together send in a second."""
-        return self.sent_bytes / self.swap_s
-
-    @property
-    def bare_rate(self) -> float:
-        return self.sent_bytes / self.bare_s
-
 
 def measure(
     mesh: Mesh,
@@ -57,6 +50,7 @@ def measure(
     dim: int,
     dtype: torch.dtype,
     rounds: int,
+    limit: float = math.inf,
     batch: int = 1,
     device_type: str = "cpu",
 ) -> list[Rates]:
@@ -64,66 +58,48 @@ def measure(
     `dim` channels. Collective over `mesh.world`; equal on all ranks.
 
     In each round the swap and a bare `all_to_all_single` of the same messages take turns, into and
-    out of buffers that are there already. All ranks begin each at once.
+    out of buffers that are there already, until there are `rounds` of them or `limit` s are over:
+    see `in_turns_together`.
     """
     device = torch.device(device_type)
     found = []
     for before, after in permutations(Layout, 2):
         group = _group(mesh, before, after)
         if group.size > 1:
+            size = (batch, height, width, dim)
+            place = mesh.place(height, width, before)
+            x = torch.ones(batch, *_shape(place), dim, dtype=dtype, device=device)
+            bare = _bare(mesh, group, before, after, size, x)
+            groups = (mesh.row, mesh.col, mesh.spatial)
+            start = sum(one.sent_bytes for one in groups)
+            swap(x, place, after, mesh)
+            sent = sum(one.sent_bytes for one in groups) - start
+            formula = x.nbytes * (group.size - 1) / group.size
+            ways: dict[str, Way] = {"swap": partial(swap, x, place, after, mesh), "bare": bare}
+            taken = in_turns_together(ways, mesh, device, rounds=rounds, limit=limit)
+            every = gather_objects((sent, formula), mesh.world)
             found.append(
-                _measured(
-                    mesh, group, before, after, (batch, height, width, dim), dtype, device, rounds
+                Rates(
+                    way=f"{before.value} -> {after.value}",
+                    ranks=group.size,
+                    swap_s=taken.median("swap"),
+                    bare_s=taken.median("bare"),
+                    ratio=taken.ratio("bare", "swap"),
+                    sent_bytes=sum(one for one, _ in every),
+                    formula_bytes=sum(one for _, one in every),
                 )
             )
     return found
+
+
+def _shape(place: Place) -> tuple[int, int]:
+    return place.rect.height, place.rect.width
 
 
 def _group(mesh: Mesh, before: Layout, after: Layout) -> Group:
     if Layout.TILE not in (before, after):
         return mesh.spatial
     return mesh.col if Layout.ROWS in (before, after) else mesh.row
-
-
-def _measured(
-    mesh: Mesh,
-    group: Group,
-    before: Layout,
-    after: Layout,
-    size: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
-) -> Rates:
-    batch, height, width, dim = size
-    place = mesh.place(height, width, before)
-    x = torch.ones(batch, place.rect.height, place.rect.width, dim, dtype=dtype, device=device)
-    bare = _bare(mesh, group, before, after, size, x)
-    groups = (mesh.row, mesh.col, mesh.spatial)
-    start = sum(one.sent_bytes for one in groups)
-    swap(x, place, after, mesh)
-    sent = sum(one.sent_bytes for one in groups) - start
-    bare()
-    ways = {"swap": lambda: swap(x, place, after, mesh), "bare": bare}
-    taken = []
-    for number in range(rounds):
-        order = list(ways) if number % 2 else list(ways)[::-1]
-        found = {name: _seconds(ways[name], mesh, device) for name in order}
-        taken.append((found["swap"], found["bare"]))
-    every = gather_objects((taken, sent, x.nbytes * (group.size - 1) / group.size), mesh.world)
-    slowest = [
-        [max(rank[0][number][which] for rank in every) for number in range(rounds)]
-        for which in (0, 1)
-    ]
-    return Rates(
-        way=f"{before.value} -> {after.value}",
-        ranks=group.size,
-        swap_s=median(slowest[0]),
-        bare_s=median(slowest[1]),
-        ratio=median(b / s for s, b in zip(*slowest, strict=True)),
-        sent_bytes=sum(rank[1] for rank in every),
-        formula_bytes=sum(rank[2] for rank in every),
-    )
 
 
 def _bare(
@@ -158,17 +134,3 @@ def _coordinates(mesh: Mesh, group: Group) -> Iterator[tuple[int, int]]:
             yield row, rank
         else:
             yield divmod(rank, mesh.shape[1])
-
-
-def _seconds(call: Callable[[], object], mesh: Mesh, device: torch.device) -> float:
-    sum_over(torch.zeros(1, device=device), mesh.world)  # all begin at once
-    _finish(device)
-    start = time.perf_counter()
-    call()
-    _finish(device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,12 +1,14 @@
-"""`axialtrain bench layer`: our attention module beside the `axial-attention` package's.
+"""`axialtrain bench layer`: our attention module beside the `axial-attention` package's, and what
+a whole layer moves beside its products.
 
-Both do what that package does: columns and rows see the same input, with projections of their own,
-and are added up; no positions. Forward and backward to the input and all parameters.
+The modules do what that package does: columns and rows see the same input, with projections of
+their own, and are added up; no positions. Forward and backward to the input and all parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.bench.attention import DTYPES
+from axialtrain.bench.bare import stream_traffic
 from axialtrain.bench.peak import held_at_once
 from axialtrain.bench.plain import drawn
-from axialtrain.bench.record import Goal, Result, mib, ms
+from axialtrain.bench.record import Goal, Result, mib, ms, shown
 from axialtrain.bench.setting import Case, Setting, dtype_name
 from axialtrain.bench.timing import Way
 from axialtrain.grid import Place
+from axialtrain.models.layer import Layer
 
 GOALS = {"time": Goal(1.0), "memory": Goal(0.5)}
 PACKAGE = "axial_attention"
@@ -59,7 +63,8 @@ def missing(setting: Setting) -> list[str]:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Square grids; a grid of 256 x 256 only of the smaller widths, or in a long run."""
+    """Square grids; a grid of 256 x 256 only of the smaller widths, or in a long run. Then the
+    residual stream and the norms of a layer of ours."""
     for dtype in DTYPES:
         for side in (12,) if setting.quick else (64, 128, 256):
             for dim in (16,) if setting.quick else WIDTHS:
@@ -67,6 +72,9 @@ def cases(setting: Setting) -> Iterator[Case]:
                     continue
                 name = f"{side} x {side}, D = {dim}, {dtype_name(dtype)}"
                 yield Case(name, partial(_beside, setting, side, dim, dtype, name))
+        side, dim = (12, 16) if setting.quick else (1024, 512) if setting.on_gpu else (128, 256)
+        name = f"stream {side} x {side}, D = {dim}, {dtype_name(dtype)}"
+        yield Case(name, partial(_stream, setting, side, dim, dtype, name))
 
 
 def _beside(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str) -> list[Result]:
@@ -104,6 +112,44 @@ def _beside(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str
             "memory",
             memory,
             {"bytes": held},
+        ),
+    ]
+
+
+def _stream(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str) -> list[Result]:
+    """The residual stream and the norms of a whole layer: its bytes, and how fast they move."""
+    torch.manual_seed(0)
+    layer = Layer(dim, max(2, dim // 64), 4 * dim, AxialConfig(["row+col"]))
+    layer.to(setting.device, dtype)
+    x = drawn(1, side, side, dim, device=setting.device, dtype=dtype)
+    weight, inputs = torch.ones_like(x), (x, *layer.parameters())
+
+    def run() -> None:
+        out, _ = layer(x, x.new_zeros(1, 0, dim), Place(side, side))
+        torch.autograd.grad(out, inputs, weight)
+
+    run()
+    traffic = stream_traffic(run)
+    goal = torch.empty_like(weight)
+    copy_s = setting.in_turns({"copy": lambda: goal.copy_(weight)}).median("copy")
+    copied = 2 * weight.nbytes / copy_s  # read, and written
+    data = asdict(traffic) | {"copy_s": copy_s, "copy_bytes": 2 * weight.nbytes}
+    return [
+        Result(
+            name,
+            "bytes of residual stream and norms, of those that must move",
+            traffic.ratio,
+            None,
+            f"{mib(traffic.moved)} against {mib(traffic.must)}",
+            data,
+        ),
+        Result(
+            name,
+            "rate at which they move, of a plain copy's",
+            traffic.rate / copied,
+            None,
+            f"{shown(traffic.rate / 1e9)} against {shown(copied / 1e9)} GB/s, "
+            f"in {ms(traffic.seconds)}",
         ),
     ]
 

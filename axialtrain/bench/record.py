@@ -192,7 +192,7 @@ def new_file(out: Path) -> Path:
     return folder
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
+def write_json(path: Path, record: Mapping[str, Any] | list[Any]) -> None:
     """The file appears whole."""
     with replacing(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())

@@ -92,7 +92,7 @@ def training_step(
 def _model(setting: Setting, name: str, side: int, dtype: torch.dtype, case: str) -> list[Result]:
     step = training_step(name, side, setting.device, dtype)
     rate = bare_rate(step, rounds=setting.rounds, limit=setting.limit)
-    # Timed in one step that is looked into, and so slower: their shares of each other.
+    # Timed in steps that are looked into, and so slower: their shares of each other.
     others = [row for row in rate.rows if not row.product]
     every = sum(row.seconds for row in others)
     most = ", ".join(
@@ -104,7 +104,7 @@ def _model(setting: Setting, name: str, side: int, dtype: torch.dtype, case: str
         {"name": row.name, "calls": row.calls, "seconds": row.seconds, "product": row.product}
         for row in rate.rows
     ]
-    data = {"step_s": rate.step_s, "bare_s": rate.bare_s, "kernels": rows}
+    data = rate.rounds.seconds | {"kernels": rows}
     config = model_config(name)
     found = [
         Result(case, "share of bare products and attention", rate.share, "share", beside, data)

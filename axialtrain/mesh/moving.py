@@ -41,12 +41,15 @@ class _Redistribute(torch.autograd.Function):
         ctx: Any, x: Tensor, owned: Rect, wanted: Rect, plan: Messages, group: Group
     ) -> Tensor:
         ctx.owned, ctx.wanted, ctx.plan, ctx.group = owned, wanted, plan, group
-        return Moving(x, owned, plan.send, wanted, plan.receive, group).arrived()
+        moving = Moving(x, owned, plan.send, wanted, plan.receive, group, beside=True)
+        return moving.arrived()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         plan = ctx.plan
-        moving = Moving(grads[0], ctx.wanted, plan.receive, ctx.owned, plan.send, ctx.group)
+        moving = Moving(
+            grads[0], ctx.wanted, plan.receive, ctx.owned, plan.send, ctx.group, beside=True
+        )
         return moving.arrived(), None, None, None, None
 
 
@@ -101,18 +104,24 @@ class Moving:
         """Put what arrives into out, the tensor of `target`, and leave the rest of it alone."""
         assert self._out is None, "made as a part"
         assert not self._added, "parts do not overlap"
+        self._keep(out)
         self._unpack(self._transfer.received(), out)
 
     def arrived(self) -> Tensor:
-        """[B, target.height, target.width, ...] of the dtype of x. To be asked for once."""
-        received, x, out = self._transfer.received(), self._x, self._out
+        """[B, target.height, target.width, ...] of the dtype of x. To be asked for once.
+
+        Room is made, and what stays here put into it, before messages are waited for.
+        """
+        x, out = self._x, self._out
+        lands = out is not None
         if out is None:
             dtype = torch.promote_types(x.dtype, torch.float32) if self._added else x.dtype
             new = x.new_empty if self._full else x.new_zeros
             out = new(self._shape, dtype=dtype)
+        self._keep(out)
+        received = self._transfer.received()
+        if not lands:
             self._unpack(received, out)
-        else:
-            self._keep(out)
         return out.to(x.dtype)
 
     def _unpack(self, received: Tensor, out: Tensor) -> None:
@@ -121,7 +130,6 @@ class Moving:
                 here = out[:, *rect.slices(self._target)]
                 arrived = piece.view(here.shape)
                 here.add_(arrived) if self._added else here.copy_(arrived)
-        self._keep(out)
 
     def _keep(self, out: Tensor) -> None:
         """What goes through no message."""

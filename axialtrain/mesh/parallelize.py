@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn import functional as F
 
+from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Group, Mesh, check_divides
-from axialtrain.mesh.per_head import PerHead
-from axialtrain.mesh.projection import Arithmetic, Copied, Projection, Summed
+from axialtrain.mesh.projection import Arithmetic, Projection
 
 # timm's names, which all our backbones share: (module, projections in, projection out). Where the
 # passes of a layer have projections of their own, they are attn.0, attn.1.
@@ -45,7 +46,7 @@ def parallelize(
     columns. Sharded parameters carry `model_parallel = True`, from which DeepSpeed knows that
     their norms add up over the tensor axis.
 
-    Tables per head stay whole and are narrowed to the heads of a rank (`PerHead`).
+    Tables per head stay whole and are narrowed to the heads of a rank (`Crossing`).
 
     Raises ValueError where the heads or the MLP width do not divide by mesh.tensor, or the heads
     not by what mesh.exchange=heads deals them out over, or where mesh.tensor has nothing to split.
@@ -55,8 +56,9 @@ def parallelize(
             module.attach(mesh)
     if mesh.tensor.size == 1:
         return model
-    split, tables = _split_modules(model), any(isinstance(m, PerHead) for m in model.modules())
-    if not split and not tables:
+    split = _split_modules(model)
+    crossings = [module for module in model.modules() if isinstance(module, Crossing)]
+    if not split and not crossings:
         raise ValueError(
             f"mesh.tensor={mesh.tensor.size}: nothing in a {type(model).__name__} is in parts over "
             "the tensor axis: allowed is 1"
@@ -67,13 +69,13 @@ def parallelize(
         first, last = SPLIT[kind]
         module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
         module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
-    for module in model.modules():
-        if isinstance(module, PerHead):
-            module.local = partial(_heads_of, group=mesh.tensor)
-        elif isinstance(module, Summed):
-            module.local = reduce_from_model_parallel_region
-        elif isinstance(module, Copied):
-            module.local = copy_to_model_parallel_region
+    local: dict[str, Callable[[Tensor], Tensor]] = {
+        "copied": copy_to_model_parallel_region,
+        "summed": reduce_from_model_parallel_region,
+        "heads": partial(_heads_of, group=mesh.tensor),
+    }
+    for crossing in crossings:
+        crossing.local = local[crossing.kind]
     return model
 
 

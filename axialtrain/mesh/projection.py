@@ -132,21 +132,3 @@ class Projection(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.arithmetic(x, self.weight, self.bias)
         return out
-
-
-class Copied(nn.Module):
-    """Where tokens enter what is spread over the tensor axis. Serial until `parallelize`.
-
-    Adjoint: the sum over the axis.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.local: Callable[[Tensor], Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.local is None else self.local(x)
-
-
-class Summed(Copied):
-    """Where they leave it, as a sum over the axis. Adjoint: the same gradient to each rank."""

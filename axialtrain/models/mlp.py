@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.projection import (
-    Copied,
     Projection,
     Sum,
-    Summed,
     arithmetic_dtype,
     autocasted,
     no_autocast,
@@ -37,7 +36,7 @@ class Mlp(nn.Module):
         self.fc1 = Projection(dim, width)
         self.act = nn.GELU()
         self.fc2 = Projection(width, dim)
-        self.copied, self.summed = Copied(), Summed()  # into the tensor axis, and out of it
+        self.copied, self.summed = Crossing("copied"), Crossing("summed")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., D]."""

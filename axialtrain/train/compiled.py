@@ -65,13 +65,17 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
             f"train.compile=true: a {type(model).__name__} has no layer of an axial transformer: "
             "allowed is train.compile=false"
         )
-    # All layers are one code to torch, and each has a graph of its own for each size.
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, GRAPHS * len(layers)
-    )
-    torch._dynamo.config.accumulated_recompile_limit = max(
-        torch._dynamo.config.accumulated_recompile_limit, GRAPHS * len(layers)
+    # All layers are one code to torch, and each has a graph of its own for each size. The limits
+    # are raised while a layer is called, which is when torch compiles, and for nobody else's code:
+    # an argument for them alone came with torch 2.13.
+    limits = torch._dynamo.config
+    raised = limits.patch(
+        recompile_limit=max(limits.recompile_limit, GRAPHS * len(layers)),
+        accumulated_recompile_limit=max(limits.accumulated_recompile_limit, GRAPHS * len(layers)),
     )
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        call = layer._compiled_call_impl
+        assert call is not None, "it was compiled"
+        layer._compiled_call_impl = raised(call)
     return len(layers)

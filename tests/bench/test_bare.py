@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from planted_time import Time
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from axialtrain.bench.bare import _kept, bare_rate, stream_traffic
+from axialtrain.bench.bare import LOOKS, BareRate, _kept, bare_rate, stream_traffic
 
 TOKENS, DIM = 24, 8
+
+
+class Taking(TorchDispatchMode):
+    """Within it a kernel takes as long as `seconds` says by its name, and others nothing."""
+
+    def __init__(self, clock: Time, seconds: Callable[[str], float]) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.clock.sleep(self.seconds(func.name().removeprefix("aten::").partition(".")[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def timed(step: Callable[[], object], seconds: Callable[[str], float], **options) -> BareRate:
+    clock = Time()
+    with Taking(clock, seconds):
+        return bare_rate(step, clock=clock, **options)
 
 
 def test_the_products_of_a_step_are_collected_by_shape_and_counted():
@@ -30,7 +50,6 @@ def test_the_products_of_a_step_are_collected_by_shape_and_counted():
     rest = {row.name: row.calls for row in rate.rows if not row.product}
     assert rest["pow"] >= 2  # the square
     assert not {"t", "view", "detach"} & rest.keys(), "views move nothing"
-    assert rate.bare_s > 0
     assert "all products, bare" in rate.table()
 
 
@@ -45,28 +64,51 @@ def test_attention_is_a_product_forward_and_backward():
     assert all(name.startswith("_scaled_dot_product") for name in names)
 
 
-def test_what_is_no_product_lowers_the_share():
-    a = torch.randn(300, 300)
+def test_the_share_is_that_of_the_products():
+    a = torch.randn(3, 3)
+    taking = {"mm": 1.0, "sin": 2.0}.get
 
-    def product() -> None:
-        a @ a
+    def step() -> None:
+        (a @ a @ a).sin()
 
-    def slow() -> None:
-        time.sleep(0.05)
-        a @ a
-
-    assert bare_rate(slow, rounds=3).share < 0.5
-    calls = []
-    limited = bare_rate(lambda: (calls.append(0), product()), rounds=50, limit=1e-9)
-    assert len(calls) == 1 + 1 + 1  # once before, once looked into, one round
-    assert limited.step_s > 0
-    assert bare_rate(slow, rounds=3).step_s > 0.05
-    assert bare_rate(product, rounds=3).share > bare_rate(slow, rounds=3).share
+    rate = timed(step, lambda name: taking(name, 0.0), rounds=3)
+    assert rate.rounds.seconds == {"step": [4.0] * 3, "bare": [2.0] * 3}
+    assert (rate.step_s, rate.bare_s, rate.share) == (4, 2, 0.5)
+    assert {row.name.split()[0]: (row.calls, row.seconds) for row in rate.rows} == {
+        "mm": (2, 2.0),
+        "sin": (1, 2.0),
+    }
+    assert timed(lambda: a @ a, lambda name: 1.0, rounds=1).share == 1
 
 
-def test_a_step_without_a_product_that_can_be_seen_is_refused():
-    with pytest.raises(ValueError, match="products_of"):
-        bare_rate(lambda: None)
+def test_of_other_kernels_the_medians_count():
+    """Of the steps that are looked into: one of them may meet whatever else the machine does."""
+    a, slow = torch.randn(3, 3), iter([1.0, 2.0, 50.0, 3.0])  # the first warms up
+
+    def seconds(name: str) -> float:
+        return next(slow, 0.0) if name == "sin" else 0.0
+
+    rate = timed(lambda: (a @ a).sin(), seconds, rounds=1)
+    assert [row.seconds for row in rate.rows if not row.product] == [3.0]
+
+
+def test_no_round_begins_when_the_time_is_up_but_one_is_made():
+    a, calls = torch.randn(3, 3), []
+
+    def step() -> None:
+        calls.append(a @ a)
+
+    assert timed(step, lambda name: 1.0, rounds=50, limit=0.5).step_s == 1
+    assert len(calls) == 1 + LOOKS + 1
+    calls.clear()
+    timed(step, lambda name: 1.0, rounds=50, limit=5)  # step and product: 2 s a round
+    assert len(calls) == 1 + LOOKS + 3
+
+
+@pytest.mark.parametrize("measure", [bare_rate, stream_traffic])
+def test_a_step_without_what_can_be_seen_is_refused(measure):
+    with pytest.raises(ValueError, match=r"that can be seen: allowed is a step that has some"):
+        measure(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +136,13 @@ def test_the_bytes_of_a_norm_and_a_residual_sum():
     def step() -> None:
         (leaf + linear(norm(leaf))).backward(torch.ones_like(leaf))
 
-    traffic = stream_traffic(step)
+    clock = Time()
+    with Taking(clock, lambda name: float(name.startswith("native_layer_norm"))):
+        traffic = stream_traffic(step, clock=clock)
     stream = TOKENS * DIM * 4
     assert traffic.must == 8 * stream
     small = traffic.moved - (2 + 3 + 3 + 3 + 2) * stream  # 2: the ones, and the leaf's gradient
     assert traffic.ratio > 1
     assert abs(small) <= 2 * stream
+    assert traffic.seconds == 2
+    assert traffic.rate == traffic.moved / 2

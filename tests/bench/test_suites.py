@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
+from planted_time import Time
 
 from axialtrain.bench import arguments, suites
 from axialtrain.bench.__main__ import main as alone
@@ -75,27 +79,41 @@ def test_attention(tmp_path, capsys):
 
 def test_layer(tmp_path):
     record = run("layer", tmp_path)
-    for what in ("time, of the package's", "peak memory, of the package's"):
-        assert all(0 < one < 10 for one in values(record, what))
+    times = [row for row in record["results"] if row["what"] == "time, of the package's"]
+    memory = [row for row in record["results"] if row["what"] == "peak memory, of the package's"]
+    assert len(times) == len(memory) == 2  # dtypes
+    for row in times:
+        assert row["value"] == ratio(row["data"]["ours"], row["data"]["package"])
+    for row in memory:
+        held = row["data"]["bytes"]
+        assert row["value"] == held["ours"] / held["package"]
+        assert held["ours"] >= 12 * 12 * 16 * 2  # what it gives, at least
+    moved = values(record, "bytes of residual stream and norms, of those that must move")
+    # Sums of gradients, masks and casts (all of a norm in bf16 on a CPU) come on top of what must.
+    assert all(1 < one < 5 for one in moved), moved
+    assert len(values(record, "rate at which they move, of a plain copy's")) == len(moved) == 2
     assert record["versions"]["axial-attention"]
     assert record["missing"] == []
 
 
 def test_a_layer_without_the_package_stands_alone_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("axialtrain.bench.layer.find_spec", lambda _: None)
-    record = run("layer", tmp_path, "--only", "fp32")
-    assert len(values(record, "ours: time, s")) == len(record["results"]) == 1
+    record = run("layer", tmp_path, "--only", "12 x 12, D = 16, fp32")
+    (alone, *stream) = record["results"]
+    assert alone["what"] == "ours: time, s"
+    assert {row["case"] for row in stream} == {"stream 12 x 12, D = 16, fp32"}
     assert "axial-attention" in record["missing"][0]
 
 
 def test_step(tmp_path):
     record = run("step", tmp_path)
     (share,) = values(record, "share of bare products and attention")
-    assert 0 < share < 1
-    kernels = record["results"][0]["data"]["kernels"]
+    data = record["results"][0]["data"]
+    assert share == ratio(data["bare"], data["step"])
+    kernels = data["kernels"]
     assert any(row["product"] for row in kernels)
     assert not all(row["product"] for row in kernels)
-    seconds = record["results"][0]["data"]["step_s"]
+    seconds = median(data["step"])
     assert values(record, "px/s") == [pytest.approx(64 * 64 / seconds)]
     assert values(record, "tokens/s") == [pytest.approx(4 / seconds)]
     assert "gigapixel" in record["missing"][0]
@@ -146,7 +164,10 @@ def test_complexity(tmp_path):
 @pytest.mark.slow
 def test_exchange(tmp_path):
     record = run("exchange", tmp_path)
-    assert {row["case"] for row in record["results"]} == {"2 x 2 ranks, 8 x 8, D = 4, bf16"}
+    swaps, layer = "2 x 2 ranks, 8 x 8, D = 4, bf16", "layer, 2 x 2 ranks, 8 x 8, D = 8, bf16"
+    assert {row["case"] for row in record["results"]} == {swaps, layer}
+    for bands in (2, 4):
+        assert len(values(record, f"time with mesh.overlap={bands}, of that with 1")) == 1
     for way in ("tile -> rows", "rows -> cols", "cols -> tile"):
         (rate,) = values(record, f"{way}: rate, of a bare all-to-all's")
         assert rate > 0
@@ -156,15 +177,13 @@ def test_exchange(tmp_path):
 # --- The runner -----------------------------------------------------------------------------------
 
 
-def fake(monkeypatch, *, seconds: float = 0.0) -> list[str]:
-    """A suite of three cases; which ran."""
-    import time
-
+def fake(monkeypatch, sleep=lambda: None) -> list[str]:
+    """A suite of three cases, each of which sleeps; which ran."""
     ran: list[str] = []
 
     def case(name: str) -> list[Result]:
         ran.append(name)
-        time.sleep(seconds)
+        sleep()
         return [Result(name, "of x", 0.5, "half")]
 
     monkeypatch.setitem(
@@ -185,12 +204,15 @@ def test_only_some_cases(tmp_path, monkeypatch):
 
 
 def test_what_time_does_not_suffice_for_is_named(tmp_path, monkeypatch, capsys):
-    ran = fake(monkeypatch, seconds=0.2)
+    clock = Time()
+    monkeypatch.setattr(suites, "time", SimpleNamespace(monotonic=clock))
+    ran = fake(monkeypatch, partial(clock.sleep, 31.0))
     out = tmp_path / "a.json"
-    assert main(["bench", "memory", "--out", str(out), "--minutes", "0.0025"]) == 0
-    assert ran == ["a"]
-    assert json.loads(out.read_bytes())["left_out"] == ["ab", "b"]
-    assert "Not measured, as time was up: ab; b." in capsys.readouterr().out
+    words = ["bench", "memory", "--out", str(out), "--device", "cpu"]
+    assert main([*words, "--minutes", "1"]) == 0  # in which two of them begin
+    assert ran == ["a", "ab"]
+    assert json.loads(out.read_bytes())["left_out"] == ["b"]
+    assert "Not measured, as time was up: b." in capsys.readouterr().out
 
 
 def test_a_case_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):

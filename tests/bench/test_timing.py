@@ -7,23 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from planted_time import Time
 
 from axialtrain.bench.timing import SHORT, Rounds, in_turns, ratio
 
 CPU = torch.device("cpu")
-
-
-class Time:
-    """A clock that goes on when somebody sleeps, and not otherwise: no test waits for a machine."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from planted_time import Time
 from torch import Tensor
 
 from axialtrain.bench.exchange import Rates, measure
+from axialtrain.bench.overlap import Overlap, measure_overlap
+from axialtrain.bench.together import in_turns_together
 from axialtrain.grid import Layout, Place, Rect, messages
 from axialtrain.mesh import moving
 from axialtrain.mesh.collectives import (
@@ -321,6 +326,30 @@ def uneven(mesh: dict[str, int]) -> tuple[list[float], int]:
 def rates(mesh: dict[str, int], **options: Any) -> list[Rates]:
     """What `axialtrain.bench.exchange` measures."""
     return measure(Mesh(**mesh), **options)
+
+
+def turns(rounds: int, limit: float) -> tuple[dict[str, list[float]], str]:
+    """The seconds of two ways that ranks take turns with, and in which order they were called."""
+    mesh, time, called = Mesh(col=dist.get_world_size()), Time(), []
+
+    def way(name: str, seconds: float) -> None:
+        called.append(name)
+        time.sleep(seconds)
+
+    rank = dist.get_rank()
+    ways = {"a": partial(way, "a", 1.0 + rank), "b": partial(way, "b", 0.0 if rank else 10.0)}
+    found = in_turns_together(
+        ways, mesh, torch.device("cpu"), rounds=rounds, limit=limit, clock=time
+    )
+    return found.seconds, "".join(called)
+
+
+def bands(**options: Any) -> tuple[list[Overlap], int]:
+    """What `axialtrain.bench.overlap` measures by a clock that ticks when it is looked at, and how
+    often messages were sent."""
+    with mock.patch.object(moving, "begin_all_to_all", wraps=begin_all_to_all) as sending:
+        found = measure_overlap(**options, clock=partial(next, itertools.count()))
+    return found, sending.call_count
 
 
 def buffers(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
+from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.mesh import Group, Mesh
 from axialtrain.mesh.parallelize import parallelize, tensor_dims
-from axialtrain.mesh.per_head import PerHead
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.recompute import Recompute
@@ -256,7 +256,7 @@ def spread(case: Case, mesh: dict[str, int]) -> Spread:
 
 def per_head(mesh: dict[str, int], table: Tensor) -> tuple[Tensor, Tensor]:
     """The table's part that this rank has, and the gradient of `part.square().sum()`."""
-    model = nn.Sequential(PerHead())
+    model = nn.Sequential(Crossing("heads"))
     parallelize(model, Mesh(**mesh))
     table = table.clone().requires_grad_()
     mine = model(table)

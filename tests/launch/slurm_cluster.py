@@ -100,10 +100,14 @@ class Slurm:
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """A cluster with two nodes of four slots each, gone afterwards with all of its jobs."""
+    """A cluster with two nodes of four slots each, gone afterwards with all of its jobs.
+
+    Where the tests are killed, the kernel kills its daemons; a job that runs then ends by itself.
+    """
     host = socket.gethostname()
-    daemons = [[program("slurmctld"), "-D"]]
-    daemons += [[program("slurmd"), "-D", "-N", name] for name in ("127.0.0.1", host)]
+    with_us = [program("setpriv"), "--pdeathsig", "KILL"]
+    daemons = [[*with_us, program("slurmctld"), "-D"]]
+    daemons += [[*with_us, program("slurmd"), "-D", "-N", name] for name in ("127.0.0.1", host)]
     config = folder / "slurm.conf"
     config.write_text(CONFIG.format(host=host, folder=folder, ports=_free_ports(3)))
     (folder / "state").mkdir()

@@ -130,17 +130,30 @@ def test_a_gpu_that_is_asked_for_and_not_there(
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
+    """A file system of 256 kB, in the mount namespace of a process that waits for our end: however
+    the tests end, nothing of it is left."""
     root()
     mounted = tmp_path / "tiny"
     mounted.mkdir()
+    mount = 'mount -t tmpfs -o size=256k tiny "$0" && echo there && exec cat'
+    with subprocess.Popen(
+        [program("unshare"), "--mount", "sh", "-c", mount, mounted],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "there\n"
+        yield Path(f"/proc/{holder.pid}/root{mounted}")
+
+
+def remount(tiny: Path, option: str) -> None:
+    _, _, holder, _, *inside = tiny.parts
     subprocess.run(
-        [program("mount"), "-t", "tmpfs", "-o", "size=256k", "tiny", mounted], check=True
-    )
-    try:
-        yield mounted
-    finally:
-        subprocess.run([program("umount"), mounted], check=True)
+        [
+            program("nsenter"), "--target", holder, "--mount",
+            program("mount"), "-o", f"remount,{option}", Path("/", *inside),
+        ],
+        check=True,
+    )  # fmt: skip
 
 
 def test_a_run_folder_on_a_full_disk(doctor: Doctor, tiny: Path) -> None:
@@ -154,13 +167,13 @@ def test_a_run_folder_on_a_full_disk(doctor: Doctor, tiny: Path) -> None:
 
 
 def test_a_run_folder_that_is_read_only(doctor: Doctor, tiny: Path) -> None:
-    subprocess.run([program("mount"), "-o", "remount,ro", tiny], check=True)
+    remount(tiny, "ro")
     _, _, (trouble,) = doctor(f"hydra.run.dir={tiny}/runs/mine")
     assert f"{tiny}/runs/mine cannot be written to (Read-only file system)" in trouble
 
 
 def test_a_disk_with_little_room(doctor: Doctor, tiny: Path) -> None:
-    subprocess.run([program("mount"), "-o", "remount,size=4m", tiny], check=True)
+    remount(tiny, "size=4m")
     _, _, (trouble,) = doctor(f"hydra.run.dir={tiny}")
     assert trouble.startswith(f"{tiny} has 4 MB free, allowed is from 1000: make room there")
 

@@ -7,10 +7,10 @@ import torch
 from distributed.launcher import run_ranks
 from distributed.model_ranks import Case, build, per_head, refusals, spread
 
+from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize
-from axialtrain.mesh.per_head import PerHead
 
 GRID = (6, 5)
 SPLIT = {  # the dim of each sharded parameter of a layer
@@ -58,7 +58,7 @@ def test_one_process_keeps_the_model_as_it_is():
 
 def test_a_table_is_narrowed_to_the_heads_of_a_rank_and_has_one_gradient():
     table = torch.randn(4, 7, dtype=torch.float64)
-    assert PerHead()(table) is table
+    assert Crossing("heads")(table) is table
     for mesh in ({"tensor": 2}, {"col": 2, "tensor": 2}):
         ranks = run_ranks(per_head, torch.Size(mesh.values()).numel(), mesh=mesh, table=table)
         for rank, (mine, gradient) in enumerate(ranks):

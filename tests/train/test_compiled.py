@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from sysconfig import get_path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,10 +37,16 @@ class Counting:
         return aot_eager(graph, inputs)
 
 
+def gxx() -> None:
+    """Skip where there is no C++ compiler, as on a fresh machine of CI: inductor needs one."""
+    if shutil.which("g++") is None or not Path(get_path("include"), "Python.h").exists():
+        pytest.skip("inductor needs g++ and Python.h, which are not here")
+
+
 def transformer(**options) -> AxialTransformer:
     torch.manual_seed(0)
     model = AxialTransformer(
-        AxialTransformerConfig(patch=PATCH, dim=DIM, depth=DEPTH, heads=2, **options)
+        AxialTransformerConfig(**{"patch": PATCH, "dim": DIM, "depth": DEPTH, "heads": 2} | options)
     ).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -45,7 +55,8 @@ def transformer(**options) -> AxialTransformer:
 
 def gradients(model: AxialTransformer, size: tuple[int, int], *, holes: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(2, size[0] * PATCH, size[1] * PATCH, 3, generator=generator).double()
+    pixels = torch.randn(2, size[0] * PATCH, size[1] * PATCH, 3, generator=generator)
+    pixels = pixels.to(next(model.parameters()).dtype)
     valid = torch.rand(2, *size, generator=generator) < 0.8 if holes else None
     model.zero_grad()
     out, prefix = model(pixels.requires_grad_(), valid, Place(*size), chance=Chance(0, 0, (1, 2)))
@@ -82,6 +93,34 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(options):
         for name in want:
             error = (got[name] - want[name]).abs().max()
             assert error <= 1e-10 * want[name].abs().max().clamp_min(1e-30), name
+
+
+def test_the_compiler_of_runs_has_the_gradients_of_plain_layers(tmp_path, monkeypatch):
+    gxx()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    one = {"depth": 1, "axial_config": {"pattern": ["row"]}}  # each kernel takes g++ a second
+    plain, compiled = transformer(**one).float(), transformer(**one).float()
+    compile_layers(compiled)
+    want = gradients(plain, SIZES[0], holes=False)
+    got = gradients(compiled, SIZES[0], holes=False)
+    for name in want:
+        error = (got[name] - want[name]).abs().max()
+        assert error <= 1e-5 * want[name].abs().max(), name
+
+
+def test_limits_are_raised_for_layers_alone():
+    """While one is called: a graph for each of more sizes than torch allows by itself."""
+    limits = torch._dynamo.config
+    before = (limits.recompile_limit, limits.accumulated_recompile_limit)
+    backend, model = Counting(), transformer(depth=1)
+    with limits.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        compile_layers(model, backend=backend)
+        assert (limits.recompile_limit, limits.accumulated_recompile_limit) == (1, 1)
+        for size in ((1, 1), (2, 1), (1, 2)):
+            gradients(model, size, holes=False)
+        assert (limits.recompile_limit, limits.accumulated_recompile_limit) == (1, 1)
+    assert backend.graphs == 3
+    assert (limits.recompile_limit, limits.accumulated_recompile_limit) == before
 
 
 def test_each_size_makes_one_graph_of_a_layer_and_no_more():
