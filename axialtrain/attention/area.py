@@ -10,6 +10,7 @@ from torch import Tensor
 
 from axialtrain.attention.chunked import Bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
+from axialtrain.attention.masks import LineMasks
 from axialtrain.attention.positions import relative_bias, widened
 from axialtrain.grid import Rect, window_bands
 
@@ -70,7 +71,7 @@ def attend_windows(
                 cut(one_q),
                 cut(one_k),
                 cut(one_v),
-                mask=None if mask is None else cut(mask),
+                masks=None if mask is None else LineMasks(cut(mask)),
                 prefix=prefix,
                 kernel=kernel,
                 bias=None if tables is None else _area_bias(tables, *first),
@@ -88,7 +89,7 @@ def attend_all(
     v: Tensor,
     queries: Rect,
     *,
-    key_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Tables | None = None,
     prefix: Prefix | None = None,
     kernel: str = "auto",
@@ -96,7 +97,7 @@ def attend_all(
     """Each token attends to every token of the image, as in a standard ViT.
 
     q: [B, h, w, N, K], the tokens of `queries`; k, v: [B, H, W, N, K] of the whole grid.
-    key_mask: bool [B, H, W]. An image without keys gives zeros.
+    masks: of each image as one line of its tokens. An image without keys gives zeros.
     bias, prefix, kernel: as in `attend_windows`.
     Returns [B, h, w, N, K].
     """
@@ -107,7 +108,7 @@ def attend_all(
         q.flatten(1, 2)[:, None],  # one line of all tokens
         k.flatten(1, 2)[:, None],
         v.flatten(1, 2)[:, None],
-        mask=None if key_mask is None else key_mask.flatten(1, 2)[:, None],
+        masks=masks,
         prefix=prefix,
         kernel=kernel,
         bias=None if tables is None else _area_bias(tables, queries, grid),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from axialtrain.attention.chunked import Bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
+from axialtrain.attention.masks import LineMasks
 from axialtrain.attention.positions import relative_bias, widened
 
 
@@ -17,6 +18,7 @@ def attend(
     *,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     offset: int = 0,
@@ -30,6 +32,8 @@ def attend(
     key_mask: bool [B, H, W] of k, True where a token is a key. A line without any gives zeros.
     query_mask: bool [B, H, W] of q, True where a token asks; the others get zeros. All ask where
         it is not given, those that are no keys too.
+    masks: both of these, as `LineMasks.along(dim, key_mask, query_mask)`, where attention is called
+        with them more than once: the layers of a model share it, so that lines are sorted once.
     bias: a relative table [N, 2 S - 1], see `relative_bias`. With it, logits exist in chunks, which
         are computed again in backward: no buffer of all L^2 logits.
     scale: K ** -0.5 where not given.
@@ -45,22 +49,20 @@ def attend(
     """
     if dim not in (1, 2):
         raise ValueError(f"attend: dim={dim}: allowed are 1 (columns) and 2 (rows)")
+    if masks is None and not (key_mask is None and query_mask is None):
+        masks = LineMasks.along(dim, key_mask, query_mask)
+    elif masks is not None and not (key_mask is None and query_mask is None):
+        raise ValueError("attend: masks= and key_mask= or query_mask=: allowed is one way only")
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, k, v, bias, *(prefix or ()))
     learned = None if bias is None else _bias(bias, offset, k.shape[dim])
     if dim == 1:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        same = query_mask is key_mask
-        key_mask = None if key_mask is None else key_mask.transpose(1, 2)
-        if not same and query_mask is not None:
-            query_mask = query_mask.transpose(1, 2)
-        query_mask = key_mask if same else query_mask  # one object, so that it is counted once
     out = attend_lines(
         q,
         k,
         v,
-        mask=key_mask,
-        query_mask=query_mask,
+        masks=masks,
         bias=learned,
         prefix=prefix,
         scale=scale,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axialtrain.attention.chunked import CPU_CHUNK, Bias, attend_in_chunks
-from axialtrain.attention.compact import LEAST, attend_compacted, plan
+from axialtrain.attention.compact import attend_compacted
 from axialtrain.attention.kernels import kernel_for, lines_at_a_time
+from axialtrain.attention.masks import LineMasks
 
 CHUNK = 2**22  # logits that exist at a time in chunks, at most: 16 MB in fp32
 
@@ -25,8 +26,7 @@ def attend_lines(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Bias | None = None,
     prefix: Prefix | None = None,
     scale: float | None = None,
@@ -36,8 +36,8 @@ def attend_lines(
     """softmax(q k^T scale + bias) v, each of X lines by itself.
 
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K].
-    mask: bool [B, X, L], True where a token is a key. A line without any gives zeros.
-    query_mask: bool [B, X, Lq], True where a token asks; others get zeros. All ask where not given.
+    masks: which tokens are keys, and which ask; all where not given. Given again, nothing is found
+        out a second time.
     bias: the same for all lines. With one, logits exist in chunks, which are computed again in
         backward: fused kernels take no learned bias (flash), or keep its gradient at the size of
         all logits (memory-efficient).
@@ -49,13 +49,11 @@ def attend_lines(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernel = kernel_for(q, k, kernel)
-    if mask is not None and bias is None and not torch.compiler.is_compiling():
-        compact = None
-        if query_mask is not None or k.shape[2] >= LEAST:
-            asking = mask.new_ones(q.shape[:3]) if query_mask is None else query_mask
-            compact = plan(mask, asking, across=across, alone=prefix is None)
+    mask, query_mask = (None, None) if masks is None else (masks.keys, masks.queries)
+    if masks is not None and bias is None and not torch.compiler.is_compiling():
+        compact = masks.plan(q.shape[2], across=across, alone=prefix is None)
         if compact is not None:
-            if not compact.lines:
+            if not compact.images:
                 return nothing(q, k, v, *(prefix or ()))
             attention = partial(_attend, scale=scale, across=False, kernel=kernel)
             return attend_compacted(q, k, v, compact, attention, prefix=prefix, across=across)
