@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from axialtrain.attention.chunked import Bias
+from axialtrain.attention.bias import line_bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
 from axialtrain.attention.masks import LineMasks
-from axialtrain.attention.positions import relative_bias, widened
 
 
 def attend(
@@ -34,12 +33,12 @@ def attend(
         it is not given, those that are no keys too.
     masks: both of these, as `LineMasks.along(dim, key_mask, query_mask)`, where attention is called
         with them more than once: the layers of a model share it, so that lines are sorted once.
-    bias: a relative table [N, 2 S - 1], see `relative_bias`. With it, logits exist in chunks, which
-        are computed again in backward: no buffer of all L^2 logits.
+    bias: a relative table [N, 2 S - 1], see `positions.relative_bias`. With it, no buffer of all
+        L^2 logits exists either: see `attend_lines`.
     scale: K ** -0.5 where not given.
     offset: coordinate of the first query along `dim`, where that of the first key is 0.
     prefix: keys and values [B, n, N, K] that join every line, without bias.
-    kernel: "auto", or one of `kernels.KERNELS` for attention without bias.
+    kernel: "auto", or one of `config.KERNELS`, with a bias of `config.BIASED_KERNELS`.
     Returns [B, H, W, N, K], of q's size.
 
     Where many tokens are masked, on both sides, they cost nothing: see `compact`.
@@ -55,7 +54,9 @@ def attend(
         raise ValueError("attend: masks= and key_mask= or query_mask=: allowed is one way only")
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, k, v, bias, *(prefix or ()))
-    learned = None if bias is None else _bias(bias, offset, k.shape[dim])
+    learned = None
+    if bias is not None:
+        learned = line_bias(bias, (offset, offset + q.shape[dim]), (0, k.shape[dim]))
     if dim == 1:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = attend_lines(
@@ -70,10 +71,3 @@ def attend(
         kernel=kernel,
     )
     return out.transpose(1, 2) if dim == 1 else out
-
-
-def _bias(table: Tensor, offset: int, length: int) -> Bias:
-    def of(tables: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-        return relative_bias(tables[0], (offset + start, offset + stop), (0, length))
-
-    return Bias((widened(table),), of)
