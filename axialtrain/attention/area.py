@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from axialtrain.attention.chunked import Bias
+from axialtrain.attention.bias import area_bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
-from axialtrain.attention.positions import relative_bias, widened
+from axialtrain.attention.masks import LineMasks
 from axialtrain.grid import Rect, window_bands
 
 Tables = tuple[Tensor, Tensor]  # relative, of vertical and of horizontal distances: [N, 2 S - 1]
@@ -38,12 +38,11 @@ def attend_windows(
     key_mask: bool [B, h', w'] of k; None where all are keys. A window without keys gives zeros.
     bias: the bias of a pair is that of its vertical plus that of its horizontal distance.
     prefix: keys and values [B, n, N, K] that join every window, without bias.
-    kernel: "auto", or one of `kernels.KERNELS` for attention without bias.
+    kernel: "auto", or one of `config.KERNELS`, with a bias of `config.BIASED_KERNELS`.
     Returns [B, h, w, N, K].
     """
     if q.numel() == 0:
         return nothing(q, k, v, *(bias or ()), *(prefix or ()))
-    tables = _widened(bias)
     # Whole windows, and those that the tile or the image cuts, apart: nothing is padded.
     rows = window_bands((queries.top, queries.bottom), (keys.top, keys.bottom), size, shift)
     cols = window_bands((queries.left, queries.right), (keys.left, keys.right), size, shift)
@@ -70,10 +69,10 @@ def attend_windows(
                 cut(one_q),
                 cut(one_k),
                 cut(one_v),
-                mask=None if mask is None else cut(mask),
+                masks=None if mask is None else LineMasks(cut(mask)),
                 prefix=prefix,
                 kernel=kernel,
-                bias=None if tables is None else _area_bias(tables, *first),
+                bias=None if bias is None else area_bias(bias, *first),
             )
             pieces.append(
                 rearrange(out, "B (i j) (a b) N K -> B (i a) (j b) N K", i=i, j=j, a=a, b=b)
@@ -88,7 +87,7 @@ def attend_all(
     v: Tensor,
     queries: Rect,
     *,
-    key_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Tables | None = None,
     prefix: Prefix | None = None,
     kernel: str = "auto",
@@ -96,44 +95,24 @@ def attend_all(
     """Each token attends to every token of the image, as in a standard ViT.
 
     q: [B, h, w, N, K], the tokens of `queries`; k, v: [B, H, W, N, K] of the whole grid.
-    key_mask: bool [B, H, W]. An image without keys gives zeros.
+    masks: of each image as one line of its tokens. An image without keys gives zeros.
     bias, prefix, kernel: as in `attend_windows`.
     Returns [B, h, w, N, K].
     """
     if q.numel() == 0:
         return nothing(q, k, v, *(bias or ()), *(prefix or ()))
-    grid, tables = Rect(0, k.shape[1], 0, k.shape[2]), _widened(bias)
+    grid = Rect(0, k.shape[1], 0, k.shape[2])
     out = attend_lines(
         q.flatten(1, 2)[:, None],  # one line of all tokens
         k.flatten(1, 2)[:, None],
         v.flatten(1, 2)[:, None],
-        mask=None if key_mask is None else key_mask.flatten(1, 2)[:, None],
+        masks=masks,
         prefix=prefix,
         kernel=kernel,
-        bias=None if tables is None else _area_bias(tables, queries, grid),
+        bias=None if bias is None else area_bias(bias, queries, grid),
     )
     return out[:, 0].unflatten(1, q.shape[1:3])
 
 
 def _split(mask: Tensor | None, sizes: list[int], dim: int) -> list[Tensor | None]:
     return [None] * len(sizes) if mask is None else list(mask.split(sizes, dim))
-
-
-def _widened(bias: Tables | None) -> Tables | None:
-    return None if bias is None else (widened(bias[0]), widened(bias[1]))
-
-
-def _area_bias(tables: Tables, queries: Rect, keys: Rect) -> Bias:
-    """Of the queries of a rectangle, taken row by row."""
-
-    def of(tables: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-        index = torch.arange(start, stop, device=tables[0].device)
-        vertical = relative_bias(tables[0], (queries.top, queries.bottom), (keys.top, keys.bottom))
-        horizontal = relative_bias(
-            tables[1], (queries.left, queries.right), (keys.left, keys.right)
-        )
-        vertical = vertical[:, index // queries.width]
-        horizontal = horizontal[:, index % queries.width]
-        return (vertical[..., None] + horizontal[..., None, :]).flatten(2)
-
-    return Bias(tables, of)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from axialtrain.attention.chunked import Bias
+from axialtrain.attention.bias import line_bias
 from axialtrain.attention.lines import Prefix, attend_lines, nothing
-from axialtrain.attention.positions import relative_bias, widened
+from axialtrain.attention.masks import LineMasks
 
 
 def attend(
@@ -17,6 +17,7 @@ def attend(
     *,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     offset: int = 0,
@@ -30,12 +31,14 @@ def attend(
     key_mask: bool [B, H, W] of k, True where a token is a key. A line without any gives zeros.
     query_mask: bool [B, H, W] of q, True where a token asks; the others get zeros. All ask where
         it is not given, those that are no keys too.
-    bias: a relative table [N, 2 S - 1], see `relative_bias`. With it, logits exist in chunks, which
-        are computed again in backward: no buffer of all L^2 logits.
+    masks: both of these, as `LineMasks.along(dim, key_mask, query_mask)`, where attention is called
+        with them more than once: the layers of a model share it, so that lines are sorted once.
+    bias: a relative table [N, 2 S - 1], see `positions.relative_bias`. With it, no buffer of all
+        L^2 logits exists either: see `attend_lines`.
     scale: K ** -0.5 where not given.
     offset: coordinate of the first query along `dim`, where that of the first key is 0.
     prefix: keys and values [B, n, N, K] that join every line, without bias.
-    kernel: "auto", or one of `kernels.KERNELS` for attention without bias.
+    kernel: "auto", or one of `config.KERNELS`, with a bias of `config.BIASED_KERNELS`.
     Returns [B, H, W, N, K], of q's size.
 
     Where many tokens are masked, on both sides, they cost nothing: see `compact`.
@@ -45,22 +48,22 @@ def attend(
     """
     if dim not in (1, 2):
         raise ValueError(f"attend: dim={dim}: allowed are 1 (columns) and 2 (rows)")
+    if masks is None and not (key_mask is None and query_mask is None):
+        masks = LineMasks.along(dim, key_mask, query_mask)
+    elif masks is not None and not (key_mask is None and query_mask is None):
+        raise ValueError("attend: masks= and key_mask= or query_mask=: allowed is one way only")
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, k, v, bias, *(prefix or ()))
-    learned = None if bias is None else _bias(bias, offset, k.shape[dim])
+    learned = None
+    if bias is not None:
+        learned = line_bias(bias, (offset, offset + q.shape[dim]), (0, k.shape[dim]))
     if dim == 1:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        same = query_mask is key_mask
-        key_mask = None if key_mask is None else key_mask.transpose(1, 2)
-        if not same and query_mask is not None:
-            query_mask = query_mask.transpose(1, 2)
-        query_mask = key_mask if same else query_mask  # one object, so that it is counted once
     out = attend_lines(
         q,
         k,
         v,
-        mask=key_mask,
-        query_mask=query_mask,
+        masks=masks,
         bias=learned,
         prefix=prefix,
         scale=scale,
@@ -68,10 +71,3 @@ def attend(
         kernel=kernel,
     )
     return out.transpose(1, 2) if dim == 1 else out
-
-
-def _bias(table: Tensor, offset: int, length: int) -> Bias:
-    def of(tables: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-        return relative_bias(tables[0], (offset + start, offset + stop), (0, length))
-
-    return Bias((widened(table),), of)

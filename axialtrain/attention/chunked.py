@@ -7,30 +7,17 @@ where a fused kernel is slow in 16 bits (docs/attention.md, "Kernels").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from axialtrain.attention.bias import Bias, BiasOf
+
 # Logits that exist at a time on a CPU: what its caches hold (2 MB in fp32).
 CPU_CHUNK = 2**19
-
-# [N, stop - start, L] from the tables: of the queries start..stop of a line.
-BiasOf = Callable[[tuple[Tensor, ...], int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A learned bias that is the same for all lines: `of(tables, start, stop)` for some queries.
-
-    It is made from its tables where it is needed, so that none of all queries need be kept.
-    """
-
-    tables: tuple[Tensor, ...]
-    of: BiasOf
 
 
 def attend_in_chunks(

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,8 @@ BUCKETS = 16  # of different lengths, at most: a line is padded by a 16th of its
 STEP = 16  # or by so many tokens where that is more: short lines are cheaper than many calls
 LEAST = 128  # tokens of lines of which all ask: of shorter ones, more time is lost than won
 WORTH = 0.7  # share of the pairs of tokens up to which compacting costs less than it saves
+
+Counts = npt.NDArray[np.int64]  # a number for each line, on the host
 
 # q, k, v: [1, X, L, N, K], mask: bool [1, X, L] or None -> [1, X, Lq, N, K]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -42,12 +46,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """lines: of each bucket, the numbers of its lines, counted through the images."""
+    """images: of each bucket, the image of each of its lines.
 
-    lines: list[Tensor]
+    masks: of each bucket, bool [lines, keys], True where a slot is a key; None where all are.
+    """
+
+    images: list[Tensor]
+    masks: list[Tensor | None]
     queries: Side
     keys: Side
-    counts: Tensor  # keys of each line
 
 
 def plan(key_mask: Tensor, query_mask: Tensor, *, across: bool, alone: bool) -> Plan | None:
@@ -55,49 +62,62 @@ def plan(key_mask: Tensor, query_mask: Tensor, *, across: bool, alone: bool) -> 
 
     key_mask, query_mask: bool [B, X, L] and [B, X, Lq]. across: whether [B, L, X] is the order in
     memory. alone: whether a line has no other keys than these, so that without any it is left out.
+
+    The host waits for the device once, for how many tokens each line has: all sizes follow.
     """
-    counts = key_mask.sum(2).flatten()
-    asked = counts if query_mask is key_mask else query_mask.sum(2).flatten()
-    pairs = counts.numel() * key_mask.shape[2] * query_mask.shape[2]
-    if int((counts * asked).sum()) > WORTH * pairs:
+    device, same = key_mask.device, query_mask is key_mask
+    sums = [mask.sum(2).flatten() for mask in ((key_mask,) if same else (key_mask, query_mask))]
+    read = torch.stack(sums).cpu().numpy()
+    counts, asked = read[0], read[-1]
+    pairs = counts.size * key_mask.shape[2] * query_mask.shape[2]
+    if (counts * asked).sum() > WORTH * pairs:
         return None
     used = asked > 0
     if alone:
         used &= counts > 0
     step = max(STEP, -(-key_mask.shape[2] // BUCKETS))
-    bucket = torch.where(used, (counts + step - 1) // step, -1)
-    lines = [(bucket == one).nonzero()[:, 0] for one in sorted(set(bucket.tolist()) - {-1})]
-    keys = _side(key_mask, used, counts, lines, across)
-    same = query_mask is key_mask
-    queries = keys if same else _side(query_mask, used, asked, lines, across)
-    return Plan(lines, queries, keys, counts)
+    bucket = np.where(used, (counts + step - 1) // step, -1)
+    lines = [np.flatnonzero(bucket == one) for one in np.unique(bucket[used])]
+    keys = _side(key_mask, counts, lines, across)
+    queries = keys if same else _side(query_mask, asked, lines, across)
+    masks: list[Tensor | None] = []
+    for some, width in zip(lines, keys.widths, strict=True):
+        mask = None
+        if counts[some].min() < width:
+            own = torch.from_numpy(counts[some]).to(device)
+            mask = torch.arange(width, device=device) < own[:, None]
+        masks.append(mask)
+    images = [torch.from_numpy(some // key_mask.shape[1]).to(device) for some in lines]
+    return Plan(images, masks, queries, keys)
 
 
-def _side(mask: Tensor, used: Tensor, counts: Tensor, lines: list[Tensor], across: bool) -> Side:
+def _side(mask: Tensor, counts: Counts, lines: list[Counts], across: bool) -> Side:
+    """counts: tokens of each line. lines: the numbers of those of each bucket."""
     images, number, length = mask.shape
     device, total = mask.device, mask.numel()
-    mask = mask.flatten(0, 1) & used[:, None]
-    tokens = torch.arange(total, device=device)
-    if across:
-        tokens = tokens.view(images, length, number).transpose(1, 2)
-    tokens = tokens.reshape(images * number, length)
     widths = [int(counts[some].max()) for some in lines]
-    first = torch.zeros(len(mask), dtype=torch.long, device=device)  # slot of each line
-    start = 0
+    starts = np.full_like(counts, -1)  # slot of the first token of each line that has one
+    filled = size = 0
     for some, width in zip(lines, widths, strict=True):
-        first[some] = start + width * torch.arange(len(some), device=device)
-        start += width * len(some)
-    own_tokens = tokens[mask]
-    own_slots = (first[:, None] + mask.cumsum(1) - 1)[mask]
-    of_slot = torch.full((start,), -1, device=device)
-    of_slot[own_slots] = own_tokens
-    of_token = torch.full((total,), -1, device=device)
-    of_token[own_tokens] = own_slots
-    return Side(widths, *_or_zeros(of_slot), *_or_zeros(of_token))
+        starts[some] = size + width * np.arange(some.size)
+        size += width * some.size
+        filled += int(counts[some].sum())
+    first = torch.from_numpy(starts).to(device)[:, None]
+    mask = mask.flatten(0, 1)
+    slots = torch.where(mask & (first >= 0), first + mask.cumsum(1) - 1, -1)
+    slots = slots.view(images, number, length)
+    of_token = (slots.transpose(1, 2) if across else slots).flatten()
+    # Tokens without a slot share one more, which is cut off: no size depends on the device.
+    of_slot = torch.full((size + 1,), -1, device=device)
+    of_slot[of_token.where(of_token >= 0, size)] = torch.arange(total, device=device)
+    return Side(
+        widths, *_or_zeros(of_slot[:size], size - filled), *_or_zeros(of_token, total - filled)
+    )
 
 
-def _or_zeros(index: Tensor) -> tuple[Tensor, Tensor]:
-    return index.clamp_min(0), (index < 0).nonzero()[:, 0]
+def _or_zeros(index: Tensor, holes: int) -> tuple[Tensor, Tensor]:
+    """The index, and where it has its holes, of which there are so many."""
+    return index.clamp_min(0), (index < 0).nonzero_static(size=holes)[:, 0]
 
 
 def attend_compacted(
@@ -115,7 +135,7 @@ def attend_compacted(
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K]; prefix: keys and values [B, n, N, K].
     Returns [B, X, Lq, N, K].
     """
-    number = [len(some) for some in plan.lines]
+    number = [len(some) for some in plan.images]
     buckets = []
     for x, side in ((q, plan.queries), (k, plan.keys), (v, plan.keys)):
         flat = (x.transpose(1, 2) if across else x).flatten(0, 2)
@@ -130,13 +150,8 @@ def attend_compacted(
             ]
         )
     out = []
-    for some, width, q1, k1, v1 in zip(plan.lines, plan.keys.widths, *buckets, strict=True):
-        counts = plan.counts[some]
-        mask = None
-        if int(counts.min()) < width:
-            mask = torch.arange(width, device=counts.device) < counts[:, None]
+    for image, mask, q1, k1, v1 in zip(plan.images, plan.masks, *buckets, strict=True):
         if prefix is not None:
-            image = some // q.shape[1]
             k1, v1 = (
                 torch.cat((own[image], x), 1) for own, x in zip(prefix, (k1, v1), strict=True)
             )

@@ -44,6 +44,8 @@ class Pass(enum.Enum):
 FUSIONS = ("sequential", "sum")
 POSITIONS = ("rope", "relative", "axial", "none")
 KERNELS = ("auto", "fused", "chunks")
+BIASED_KERNELS = ("auto", "flex", "chunks")  # with a learned bias
+FLEX_WIDTH = 16  # channels of a head, at least, that FlexAttention has kernels for
 
 
 @dataclass
@@ -66,9 +68,10 @@ class AxialConfig:
         take the outermost. null: the extents of the model's grid, which no image may exceed then.
     skip_axis: chance of leaving out one pass of a layer of several, while training. What runs is
         scaled so that its expectation is that of evaluation.
-    kernel: what passes without a learned bias are computed by: "fused" (torch's
-        scaled_dot_product_attention), "chunks" (batched matrix products, some lines at a time) or
-        "auto", the one that was measured to be faster. Numbers differ by rounding alone.
+    kernel: what passes are computed by: "fused" (torch's scaled_dot_product_attention), with
+        positions="relative" "flex" (torch's FlexAttention, on a GPU only); "chunks" (batched matrix
+        products, some lines at a time); or "auto", which chooses by device, dtype and length.
+        Numbers differ by rounding alone.
 
     Raises ValueError naming the value and what is allowed.
     """
@@ -103,12 +106,17 @@ class AxialConfig:
         for key, choices in (
             ("fusion", FUSIONS),
             ("positions", POSITIONS),
-            ("kernel", KERNELS),
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(
                     f"axial_config.{key}={getattr(self, key)!r}: allowed are {list(choices)}"
                 )
+        kernels = BIASED_KERNELS if self.positions == "relative" else KERNELS
+        if self.kernel not in kernels:
+            raise ValueError(
+                f"axial_config.kernel={self.kernel!r}: allowed are {list(kernels)} with "
+                f"positions={self.positions}"
+            )
         if not isinstance(self.share_projections, bool):
             raise ValueError(
                 f"axial_config.share_projections={self.share_projections!r}: allowed are true, "
@@ -147,8 +155,6 @@ class AxialConfig:
             unused.append(f"skip_axis={self.skip_axis} (no layer has several passes)")
         if self.span is not None and self.positions != "relative":
             unused.append(f"span={self.span} (positions={self.positions})")
-        if self.kernel != "auto" and self.positions == "relative":
-            unused.append(f"kernel={self.kernel} (positions=relative)")
         return unused
 
     def check_heads(self, dim: int, heads: int, passes: Collection[Pass] | None = None) -> None:
@@ -163,6 +169,12 @@ class AxialConfig:
                 f"model.heads={heads} does not divide model.dim={dim}: allowed are {allowed}"
             )
         width = dim // heads
+        if self.kernel == "flex" and width < FLEX_WIDTH:
+            raise ValueError(
+                f"axial_config.kernel=flex has no kernel for heads of model.dim={dim} / "
+                f"model.heads={heads} = {width} channels: allowed are {FLEX_WIDTH} at least, or "
+                "kernel=chunks"
+            )
         if self.positions != "rope":
             return
         if width % 2:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axialtrain.attention.config import KERNELS
+from axialtrain.attention.config import BIASED_KERNELS, FLEX_WIDTH, KERNELS
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,23 @@ LIMITS = {"cuda": Limits(batch=2**16 - 1, heads=2**16 - 1, elements=2**31 - 1)}
 CPU_CHUNKS = {torch.bfloat16: 2**15, torch.float16: 2**15}
 
 
-def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto") -> str:
-    """ "fused" or "chunks", for attention without bias. q, k: [B, X, L, N, K].
+# With a learned bias: the dtypes that FlexAttention has kernels for, by device, for heads of
+# FLEX_WIDTH channels at least. Elsewhere products in chunks take it.
+FLEX = {"cuda": (torch.bfloat16, torch.float16, torch.float32)}
 
-    Raises ValueError where `kernel` is not one of KERNELS.
+
+def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto", *, biased: bool = False) -> str:
+    """ "fused" or "chunks"; with a learned bias "flex" or "chunks". q, k: [B, X, L, N, K].
+
+    Raises ValueError where `kernel` is not one of KERNELS, with a bias of BIASED_KERNELS, or cannot
+    take these.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r}: allowed are {list(KERNELS)}")
+    allowed = BIASED_KERNELS if biased else KERNELS
+    if kernel not in allowed:
+        what = "with" if biased else "without"
+        raise ValueError(f"kernel={kernel!r}: allowed are {list(allowed)} {what} a learned bias")
+    if biased:
+        return _biased(q, kernel)
     if kernel != "auto":
         return kernel
     most = CPU_CHUNKS.get(q.dtype, 0) if q.device.type == "cpu" else 0
@@ -47,17 +57,38 @@ def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto") -> str:
     return "chunks" if slow else "fused"
 
 
-def lines_at_a_time(q: Tensor, k: Tensor, across: bool) -> tuple[int, int]:
-    """(images, lines) that fused kernels take in one call. q, k: [B, X, L, N, K].
+def _biased(q: Tensor, kernel: str) -> str:
+    device, width = q.device.type, q.shape[-1]
+    takes = q.dtype in FLEX.get(device, ()) and width >= FLEX_WIDTH
+    if kernel == "flex" and not takes:
+        able = {name: [str(one) for one in dtypes] for name, dtypes in FLEX.items()}
+        raise ValueError(
+            f"kernel='flex' for {q.dtype} on {device}, heads of {width} channels: allowed are "
+            f"{able}, {FLEX_WIDTH} channels at least, or kernel='chunks'"
+        )
+    if kernel != "auto":
+        return kernel
+    # It adds up the gradient of a bias in no fixed order.
+    return "flex" if takes and not torch.are_deterministic_algorithms_enabled() else "chunks"
 
-    across: whether lines are folded into the heads, not into the batch.
+
+def lines_at_a_time(q: Tensor, k: Tensor, across: bool, kernel: str = "fused") -> tuple[int, int]:
+    """(images, lines) that a fused kernel takes in one call. q, k: [B, X, L, N, K].
+
+    across: whether lines lie across memory. "fused" then folds them into the heads, not into the
+    batch; "flex" folds all lines into the batch, which of several images is no view then.
     """
     images, lines, queries, heads, width = q.shape
+    if kernel == "flex" and across:
+        images = 1
     limits = LIMITS.get(q.device.type)
     if limits is None:
         return images, lines
     most = limits.elements // (max(queries, k.shape[2]) * heads * width)  # lines of all images
-    if across:
+    if kernel == "flex":
+        # Of less than 128 queries, all heads of the batch stand in one grid dimension.
+        most = min(most, limits.batch // heads)
+    elif across:
         lines = max(1, min(lines, limits.heads // heads, most))
         return max(1, min(images, limits.batch, most // lines)), lines
     most = min(most, limits.batch)

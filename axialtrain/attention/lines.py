@@ -5,18 +5,23 @@ A line is any set of tokens that attend to each other: a row, a column, a window
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axialtrain.attention.chunked import CPU_CHUNK, Bias, attend_in_chunks
-from axialtrain.attention.compact import LEAST, attend_compacted, plan
+from axialtrain.attention.bias import Bias
+from axialtrain.attention.chunked import CPU_CHUNK, attend_in_chunks
+from axialtrain.attention.compact import attend_compacted
+from axialtrain.attention.flex import attend_flex
 from axialtrain.attention.kernels import kernel_for, lines_at_a_time
+from axialtrain.attention.masks import LineMasks
 
 CHUNK = 2**22  # logits that exist at a time in chunks, at most: 16 MB in fp32
 
+Fused = Callable[..., Tensor]  # of q, k, v and mask
 Prefix = tuple[Tensor, Tensor]  # keys and values [B, n, N, K] that belong to every line
 
 
@@ -25,8 +30,7 @@ def attend_lines(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
+    masks: LineMasks | None = None,
     bias: Bias | None = None,
     prefix: Prefix | None = None,
     scale: float | None = None,
@@ -36,26 +40,24 @@ def attend_lines(
     """softmax(q k^T scale + bias) v, each of X lines by itself.
 
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K].
-    mask: bool [B, X, L], True where a token is a key. A line without any gives zeros.
-    query_mask: bool [B, X, Lq], True where a token asks; others get zeros. All ask where not given.
+    masks: which tokens are keys, and which ask; all where not given. Given again, nothing is found
+        out a second time.
     bias: the same for all lines. With one, logits exist in chunks, which are computed again in
-        backward: fused kernels take no learned bias (flash), or keep its gradient at the size of
-        all logits (memory-efficient).
+        backward, or within FlexAttention's kernel: torch's fused attention takes no learned bias
+        (flash), or keeps its gradient at the size of all logits (memory-efficient).
     prefix: keys and values that join every line, without bias.
     scale: K ** -0.5 where not given.
     across: whether lines lie across memory, so that [B, L, X, N, K] is what is contiguous.
-    kernel: one of `kernels.KERNELS`, for attention without bias.
+    kernel: see `kernels.kernel_for`.
     Returns [B, X, Lq, N, K]. Nothing may be empty: see `nothing`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernel = kernel_for(q, k, kernel)
-    if mask is not None and bias is None and not torch.compiler.is_compiling():
-        compact = None
-        if query_mask is not None or k.shape[2] >= LEAST:
-            asking = mask.new_ones(q.shape[:3]) if query_mask is None else query_mask
-            compact = plan(mask, asking, across=across, alone=prefix is None)
+    kernel = kernel_for(q, k, kernel, biased=bias is not None)
+    mask, query_mask = (None, None) if masks is None else (masks.keys, masks.queries)
+    if masks is not None and bias is None and not torch.compiler.is_compiling():
+        compact = masks.plan(q.shape[2], across=across, alone=prefix is None)
         if compact is not None:
-            if not compact.lines:
+            if not compact.images:
                 return nothing(q, k, v, *(prefix or ()))
             attention = partial(_attend, scale=scale, across=False, kernel=kernel)
             return attend_compacted(q, k, v, compact, attention, prefix=prefix, across=across)
@@ -119,16 +121,20 @@ def _attend(
     kernel: str,
 ) -> Tensor:
     """Lines that have a key each: in chunks, or fused."""
-    if bias is not None or kernel == "chunks":
+    if kernel == "chunks":
         chunk = min(CHUNK, CPU_CHUNK) if q.device.type == "cpu" else CHUNK
         return attend_in_chunks(q, k, v, mask=mask, bias=bias, scale=scale, chunk=chunk)
-    images, lines = lines_at_a_time(q, k, across)
+    if bias is not None:
+        shares = bias.shares(bias.tables)
+        one: Fused = partial(attend_flex, shares=shares, scale=scale, across=across)
+    else:
+        one = partial(_fused, scale=scale, across=across)
+    images, lines = lines_at_a_time(q, k, across, kernel)
     # split, not slices: their gradients are joined once, not added up at full size.
     by_image = []
     for q1, k1, v1, mask1 in _split(images, 0, q, k, v, mask):
         by_line = [
-            _fused(q2, k2, v2, mask2, scale, across)
-            for q2, k2, v2, mask2 in _split(lines, 1, q1, k1, v1, mask1)
+            one(q2, k2, v2, mask=mask2) for q2, k2, v2, mask2 in _split(lines, 1, q1, k1, v1, mask1)
         ]
         by_image.append(_cat(by_line, 1, across))
     return _cat(by_image, 0, across)
@@ -153,7 +159,7 @@ def _cat(parts: list[Tensor], dim: int, across: bool) -> Tensor:
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, across: bool
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, across: bool
 ) -> Tensor:
     images, lines, _, heads, _ = q.shape
     # No copies: lines along memory fold into the batch, lines across it into the heads.

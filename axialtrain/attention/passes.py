@@ -11,6 +11,7 @@ from axialtrain.attention.area import attend_all, attend_windows
 from axialtrain.attention.axis import attend
 from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.lines import Prefix
+from axialtrain.attention.masks import GridMask
 from axialtrain.attention.merge import attend_everywhere
 from axialtrain.attention.positions import Turns, turns_of
 from axialtrain.attention.qkv import HeadProjection
@@ -65,13 +66,14 @@ class AxialAttention(nn.Module):
         prefix: Tensor,
         place: Place,
         which: Pass,
-        valid: Tensor | None = None,
+        valid: GridMask | Tensor | None = None,
         *,
         skip: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """x: [B, h, w, D] at which.enters(place), prefix: [B, n, D] -> the same, attended.
 
-        valid: bool [B, H, W] of the whole grid; other tokens are no keys, and get zeros.
+        valid: bool [B, H, W] of the whole grid; other tokens are no keys, and get zeros. A
+            `GridMask` of it, given to all layers, saves what they would find out one by one.
         skip: leave out the work: two scalar zeros, to be added like any other result, through which
             every parameter gets a gradient of zero.
         """
@@ -82,7 +84,8 @@ class AxialAttention(nn.Module):
         if self.positions == "rope":
             turns = turns_of(place.rect, which.dims, self.head_dim, x)
         q, k, v = self.qkv(x, *turns)
-        mine = None if valid is None else valid[:, *place.rect.slices(place.grid)]
+        valid = GridMask.of(valid)
+        mine = None if valid is None else valid.within(place.rect)
         own: Prefix | None = None
         if prefix.shape[1]:
             of_prefix, *own_kv = self.qkv(prefix)
@@ -108,7 +111,7 @@ class AxialAttention(nn.Module):
         v: Tensor,
         place: Place,
         dim: int,
-        valid: Tensor | None,
+        valid: GridMask | None,
         prefix: Prefix | None,
     ) -> Tensor:
         """Rows (dim 2) or columns (1), made whole by swap (before), heads or gather (here)."""
@@ -116,7 +119,6 @@ class AxialAttention(nn.Module):
         bias = None if table is None else self.per_head(table)
         kind, offset = self.exchange.kind, 0
         rect = place.rect if kind == "swap" else _stretched(place.rect, place, dim)
-        mask = None if valid is None else valid[:, *rect.slices(place.grid)]
         if kind == "heads":
             some = self.exchange.my_heads(q.shape[3], dim)
             q, k, v = self.exchange.deal_heads(torch.cat((q, k, v), -1), place, dim).chunk(3, -1)
@@ -128,16 +130,13 @@ class AxialAttention(nn.Module):
             k, v = self._fetched(
                 k, v, place, lambda own: _stretched(own, place, dim), rows=dim == 1, cols=dim == 2
             )
-        asking = (
-            mask if kind != "gather" or valid is None else valid[:, *place.rect.slices(place.grid)]
-        )
+        asking = place.rect if kind == "gather" else rect
         out = attend(
             q,
             k,
             v,
             dim,
-            key_mask=mask,
-            query_mask=asking,
+            masks=None if valid is None else valid.lines(dim, rect, asking),
             bias=bias,
             offset=offset,
             prefix=prefix,
@@ -152,7 +151,7 @@ class AxialAttention(nn.Module):
         v: Tensor,
         place: Place,
         shift: int,
-        valid: Tensor | None,
+        valid: GridMask | None,
         prefix: Prefix | None,
     ) -> Tensor:
         def wanted(own: Rect) -> Rect:
@@ -176,7 +175,7 @@ class AxialAttention(nn.Module):
             keys,
             self.window,
             shift,
-            key_mask=None if valid is None else valid[:, *keys.slices(place.grid)],
+            key_mask=None if valid is None else valid.within(keys),
             bias=self._tables(),
             prefix=prefix,
             kernel=self.kernel,
@@ -188,13 +187,13 @@ class AxialAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         place: Place,
-        valid: Tensor | None,
+        valid: GridMask | None,
         prefix: Prefix | None,
     ) -> Tensor:
         k, v = self._fetched(k, v, place, lambda _: place.grid, rows=True, cols=True)
-        bias = self._tables()
+        bias, masks = self._tables(), None if valid is None else valid.image()
         return attend_all(
-            q, k, v, place.rect, key_mask=valid, bias=bias, prefix=prefix, kernel=self.kernel
+            q, k, v, place.rect, masks=masks, bias=bias, prefix=prefix, kernel=self.kernel
         )
 
     def _fetched(

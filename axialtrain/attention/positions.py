@@ -131,14 +131,21 @@ def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]
     distances than S - 1 taking the outermost entry (arXiv 1803.02155, section 3.2).
     queries, keys: half-open intervals of coordinates.
     """
-    span = (table.shape[1] + 1) // 2
     # All distances in a row, smallest first; then each query has a window of it, and the next
     # query's lies one to the left. No gather over Lq * Lk, and none in backward.
+    return by_distance(table, queries, keys).unfold(1, keys[1] - keys[0], 1).flip(1)
+
+
+def by_distance(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    """[N, Lq + Lk - 1]: the biases of all distances of a key from a query, smallest first.
+
+    See `relative_bias`.
+    """
+    span = (table.shape[1] + 1) // 2
     distances = torch.arange(
         keys[0] - (queries[1] - 1), keys[1] - queries[0], device=table.device
     ).clamp(1 - span, span - 1)
-    line = table[:, distances + span - 1]
-    return line.unfold(1, keys[1] - keys[0], 1).flip(1)
+    return table[:, distances + span - 1]
 
 
 def widened(table: Tensor) -> Tensor:

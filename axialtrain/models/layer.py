@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.masks import GridMask
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Place
 from axialtrain.mesh.exchange import Exchange
@@ -108,7 +109,7 @@ class Layer(nn.Module):
         x: Tensor,
         prefix: Tensor,
         place: Place,
-        valid: Tensor | None = None,
+        valid: GridMask | Tensor | None = None,
         chance: Chance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: [B, h, w, D] under place.layout -> [B, h', w', D] under self.exit(place).layout.
@@ -132,7 +133,7 @@ class Layer(nn.Module):
         x: Tensor,
         prefix: Tensor,
         place: Place,
-        valid: Tensor | None,
+        valid: GridMask | Tensor | None,
         chance: Chance | None,
         skipped: int | None,
     ) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ class Layer(nn.Module):
         place: Place,
         goal: Place,
         number: int,
-        valid: Tensor | None,
+        valid: GridMask | Tensor | None,
         chance: Chance | None,
         skipped: int | None,
     ) -> Tensor:
@@ -177,7 +178,7 @@ class Layer(nn.Module):
         x: Tensor,
         prefix: Tensor,
         place: Place,
-        valid: Tensor | None,
+        valid: GridMask | Tensor | None,
         chance: Chance | None,
         skipped: int | None,
     ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from axialtrain.attention.masks import GridMask
 from axialtrain.grid import Place
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer
@@ -51,7 +52,7 @@ def run_layers(
     x: Tensor,
     prefix: Tensor,
     place: Place,
-    valid: Tensor | None,
+    valid: GridMask | Tensor | None,
     chance: Chance | None,
     recompute: Recompute,
 ) -> tuple[Tensor, Tensor, Place]:
@@ -79,7 +80,7 @@ def _through(
     x: Tensor,
     prefix: Tensor,
     place: Place,
-    valid: Tensor | None,
+    valid: GridMask | Tensor | None,
     chance: Chance | None,
 ) -> tuple[Tensor, Tensor]:
     for layer in layers:

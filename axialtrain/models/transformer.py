@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig, Pass
+from axialtrain.attention.masks import GridMask
 from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
@@ -344,7 +345,8 @@ def encode(
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)
     again = Recompute() if recompute is None else recompute
-    x, prefix, place = run_layers(layers, x, prefix, place, whole, chance, again)
+    # The layers share the mask, and with it what the first of them finds out of its lines.
+    x, prefix, place = run_layers(layers, x, prefix, place, GridMask.of(whole), chance, again)
     x = exchange(norm(x), place, Layout.TILE)
     if valid is not None:
         x = torch.where(valid[..., None], x, 0.0)

@@ -20,6 +20,7 @@ from peak import Peak
 from torch import Tensor
 
 from axialtrain.attention.area import attend_all, attend_windows
+from axialtrain.attention.masks import LineMasks
 from axialtrain.grid import Rect
 
 pytestmark = pytest.mark.slow
@@ -187,7 +188,7 @@ def test_every_token_attends_to_the_whole_image(reach, with_prefix, part, masked
     bias = None if reach is None else tables(reach, reach + 2)
     prefix = prefix_of() if with_prefix else None
     queries = q[:, *part.slices(GRID)]
-    got = attend_all(queries, k, v, part, key_mask=mask, bias=bias, prefix=prefix)
+    got = attend_all(queries, k, v, part, masks=LineMasks.of_images(mask), bias=bias, prefix=prefix)
     want = formula(
         queries,
         k,
@@ -207,7 +208,7 @@ def test_an_image_without_keys_gives_zeros_and_zero_gradients(with_bias):
     mask = torch.ones(SHAPE[:3], dtype=torch.bool)
     mask[1] = False
     bias = tables(5, 7) if with_bias else None
-    out = attend_all(q, k, v, GRID, key_mask=mask, bias=bias)
+    out = attend_all(q, k, v, GRID, masks=LineMasks.of_images(mask), bias=bias)
     assert not out[1].any()
     assert out[0].abs().amin() > 0
     for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
@@ -262,7 +263,8 @@ def test_chunks_change_nothing_over_the_whole_image(monkeypatch, part, chunk, ma
     q, k, v = triple(*SHAPE)
     queries = q[:, *part.slices(GRID)]
     bias, prefix = tables(3, 9), prefix_of()
-    options = {"key_mask": some(*SHAPE[:3]) if masked else None, "bias": bias, "prefix": prefix}
+    masks = LineMasks.of_images(some(*SHAPE[:3])) if masked else None
+    options = {"masks": masks, "bias": bias, "prefix": prefix}
     whole = attend_all(queries, k, v, part, **options)
     monkeypatch.setattr(CHUNK, 2 * chunk)  # 2 rows of the image are 1960 logits
     got = attend_all(queries, k, v, part, **options)

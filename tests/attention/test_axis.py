@@ -75,7 +75,7 @@ def test_a_line_without_keys_gives_zeros_and_zero_gradients(dim):
 def test_no_kernel_is_given_a_line_without_keys(monkeypatch, dim, worth):
     """What a softmax over nothing gives is up to the kernel: NaN or zero, here and in backward."""
     monkeypatch.setattr("axialtrain.attention.compact.WORTH", worth)
-    monkeypatch.setattr("axialtrain.attention.lines.LEAST", 0)
+    monkeypatch.setattr("axialtrain.attention.masks.LEAST", 0)
     mask = some_keys()
     mask[0, 1] = mask[1, :, 2] = False
     seen = []

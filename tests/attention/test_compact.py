@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from formulas import assert_agree, formula, line, some, tokens, triple
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axialtrain.attention.axis import attend
 from axialtrain.attention.compact import plan
+from axialtrain.attention.masks import LineMasks
 
 SHAPE = (2, 6, 9, 2, 4)  # B, H, W, N, K
 DIMS = pytest.mark.parametrize("dim", [2, 1], ids=["rows", "columns"])
@@ -20,7 +22,7 @@ WORTH = pytest.mark.parametrize("worth", [0.0, 1.0], ids=["masked in place", "co
 def buckets(monkeypatch, request):
     """Several of them in short lines, and compacting as the test says."""
     monkeypatch.setattr("axialtrain.attention.compact.STEP", 2)
-    monkeypatch.setattr("axialtrain.attention.lines.LEAST", 0)
+    monkeypatch.setattr("axialtrain.attention.masks.LEAST", 0)
     if "worth" in request.fixturenames:
         monkeypatch.setattr("axialtrain.attention.compact.WORTH", request.getfixturevalue("worth"))
 
@@ -145,6 +147,49 @@ def test_masked_tokens_are_in_no_product(monkeypatch, dim):
     attend(q, k, v, dim, key_mask=mask, query_mask=mask)
     pairs = int(mask.sum(dim).square().sum())
     assert pairs <= sum(calls) <= 1.5 * pairs < 0.2 * 32**3
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result, or its size, the host must wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += func in (
+            aten._local_scalar_dense.default,
+            aten.nonzero.default,
+            aten.masked_select.default,
+        )
+        if func is aten.index.Tensor:
+            self.count += any(x is not None and x.dtype is torch.bool for x in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@DIMS
+@pytest.mark.parametrize("asking", ["keys", "others"])
+def test_the_host_waits_for_the_numbers_of_tokens_alone(asking, dim):
+    """On a GPU each wait stops the stream. What `plan` reads, by `numpy()`, is not seen here."""
+    mask, prefix = holes(), prefix_of()
+    masks = LineMasks.along(dim, mask, mask if asking == "keys" else some(*SHAPE[:3], seed=4))
+    q, k, v = triple(*SHAPE)
+    with Waits() as waits:
+        out = attend(q, k, v, dim, masks=masks, prefix=prefix)
+        torch.autograd.grad(out.sum(), (q, k, v))
+        assert masks.plan(SHAPE[dim], across=dim == 1, alone=False) is not None
+        assert not waits.count
+        int(mask.sum())
+        mask.nonzero()
+        assert waits.count == 2  # they are seen
+
+
+def test_masks_are_given_one_way():
+    q, k, v = triple(*SHAPE)
+    mask = holes()
+    with pytest.raises(ValueError, match="masks= and key_mask="):
+        attend(q, k, v, 2, masks=LineMasks(mask), key_mask=mask)
 
 
 def test_few_masked_tokens_are_masked_where_they_are():

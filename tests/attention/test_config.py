@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -149,6 +150,26 @@ def test_every_pass_that_some_layer_has_is_known():
 def test_what_no_layer_reads_is_named(options, depth, unused):
     found = AxialConfig(**options).unused_keys(depth)
     assert [one.split(" (")[0] for one in found] == unused
+
+
+@pytest.mark.parametrize(
+    ("kernel", "positions", "allowed"),
+    [
+        ("fused", "relative", "['auto', 'flex', 'chunks'] with positions=relative"),
+        ("flex", "rope", "['auto', 'fused', 'chunks'] with positions=rope"),
+    ],
+)
+def test_a_learned_bias_has_its_own_kernels(kernel, positions, allowed):
+    message = f"axial_config.kernel='{kernel}': allowed are {allowed}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AxialConfig(kernel=kernel, positions=positions)
+
+
+def test_heads_that_are_too_narrow_for_flex_are_refused():
+    config = AxialConfig(kernel="flex", positions="relative")
+    config.check_heads(64, 4)
+    with pytest.raises(ValueError, match=r"model.dim=64 / model.heads=8 = 8 channels: allowed are"):
+        config.check_heads(64, 8)
 
 
 def test_which_passes_are_windows_and_along_which_dims_they_attend():

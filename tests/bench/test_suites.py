@@ -56,7 +56,7 @@ def test_attention(tmp_path, capsys):
         for what, goal in (
             (f"{axis} pass, of the plain formula", "formula"),
             (f"{axis} relative, of a RoPE pass", "relative"),
-            (f"{axis} masked, of an unmasked pass, 70% masked", "masked"),
+            (f"{axis} masked, of an unmasked pass, 70% masked, lines sorted before", "masked"),
         ):
             rows = [row for row in record["results"] if row["what"] == what]
             assert len(rows) == 2

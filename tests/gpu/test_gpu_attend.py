@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from devices import CPU_AND_GPU, DTYPES, assert_near, on, sizes, tokens
+from devices import CPU_AND_GPU, DTYPES, GPU, assert_near, on, sizes, tokens
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
+from axialtrain.attention.area import attend_all, attend_windows
 from axialtrain.attention.axis import attend
+from axialtrain.attention.kernels import FLEX
 from axialtrain.bench.peak import held_at_once
 from axialtrain.bench.plain import there_and_back, tissue, triple
+from axialtrain.grid import Rect
 
 DIMS = pytest.mark.parametrize("dim", [pytest.param(2, id="rows"), pytest.param(1, id="columns")])
 SHAPE = (2, 48, 80, 2, 64)  # B, H, W, N, K
@@ -62,6 +67,93 @@ def test_values_and_gradients_are_those_of_the_formula(device, dtype, dim, maske
     expected = torch.autograd.grad(want, reference, weight)
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, dtype)
+
+
+@pytest.fixture
+def flex(monkeypatch, request):
+    """FlexAttention, on a CPU too, where it has no kernel and computes all logits at once."""
+    if request.getfixturevalue("device") == "cpu":
+        monkeypatch.setitem(FLEX, "cpu", FLEX["cuda"])
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *given: None)
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@CPU_AND_GPU
+@DTYPES
+@DIMS
+@pytest.mark.parametrize("rich", [False, True], ids=["plain", "masked, prefix, part, far"])
+def test_flex_and_chunks_give_a_bias_the_same_values_and_gradients(device, dtype, dim, rich):
+    """Of 2 images, whose columns are no view of one batch, and lengths that no block divides."""
+    shape = (2, 9, 13, 2, 16) if device == "cpu" else (2, 150, 330, 3, 64)
+    heads, width = shape[3:]
+    wide = [tokens(*shape, seed=seed) for seed in range(3)]
+    wide.append(tokens(heads, 7 if rich else 2 * shape[dim] - 1, seed=3))
+    if rich:
+        wide += [tokens(2, 3, heads, width, seed=seed) for seed in (5, 6)]
+    inputs = {
+        name: [on(x, where, kind) for x in wide]
+        for name, where, kind in (("flex", device, dtype), ("chunks", "cpu", torch.float64))
+    }
+    mask = tissue(*shape[1:3], 0.5, device=torch.device("cpu")).repeat(2, 1, 1)
+    mask[0, 3] = mask[1, :, 7] = False
+    found = {}
+    for kernel, (q, k, v, table, *prefix) in inputs.items():
+        own, offset = q, 0
+        options: dict[str, Any] = {}
+        if rich:
+            own, offset = q.narrow(dim, 1, shape[dim] - 2), 1
+            options = {"key_mask": mask.to(q.device), "prefix": tuple(prefix)}
+        out = attend(own, k, v, dim, bias=table, offset=offset, kernel=kernel, **options)
+        weight = tokens(*out.shape, seed=4).to(q.device, q.dtype)
+        found[kernel] = [out, *torch.autograd.grad(out, inputs[kernel], weight)]
+    for got, want in zip(found["flex"], found["chunks"], strict=True):
+        assert_near(got, want, dtype)
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@CPU_AND_GPU
+@pytest.mark.parametrize("area", ["windows", "image"])
+def test_flex_and_chunks_over_areas(device, area):
+    shape = (1, 9, 14, 2, 16) if device == "cpu" else (1, 40, 66, 2, 64)
+    wide = [tokens(*shape, seed=seed) for seed in range(3)]
+    wide += [tokens(2, 9, seed=3), tokens(2, 25, seed=4)]
+    grid = Rect(0, shape[1], 0, shape[2])
+    found = {}
+    for kernel, where, dtype in (
+        ("flex", device, torch.float32),
+        ("chunks", "cpu", torch.float64),
+    ):
+        inputs = [on(x, where, dtype) for x in wide]
+        q, k, v, *tables = inputs
+        bias = (tables[0], tables[1])
+        if area == "image":
+            out = attend_all(q, k, v, grid, bias=bias, kernel=kernel)
+        else:
+            out = attend_windows(q, k, v, grid, grid, 8, 4, bias=bias, kernel=kernel)
+        weight = tokens(*shape, seed=5).to(where, dtype)
+        found[kernel] = [out, *torch.autograd.grad(out, inputs, weight)]
+    for got, want in zip(found["flex"], found["chunks"], strict=True):
+        assert_near(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_flex_takes_lengths_that_change(device):
+    """Its kernels are made for lengths that vary once they do; there is no end of new ones."""
+    for length in range(200, 900, 50):
+        q, k, v = triple(1, 4, length, 2, 64, device=torch.device(device), dtype=torch.bfloat16)
+        table = tokens(2, 2 * length - 1).to(device, torch.float32).requires_grad_()
+        out, want = (attend(q, k, v, 2, bias=table, kernel=one) for one in ("flex", "chunks"))
+        assert_near(out, want.double(), torch.bfloat16)
+        weight = torch.ones_like(out)
+        for got, other in zip(
+            torch.autograd.grad(out, (q, k, v, table), weight),
+            torch.autograd.grad(want, (q, k, v, table), weight),
+            strict=True,
+        ):
+            off = (got.double() - other.double()).norm() / other.double().norm()
+            assert off <= 3e-2
 
 
 @CPU_AND_GPU
