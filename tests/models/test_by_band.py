@@ -13,17 +13,17 @@ from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig, PatchEmbed
 from axialtrain.train.compose import compose_run
 
-PLAIN = Case((13, 10), ("row+col", "row+window", "col+row+global"), depth=3)
+PLAIN = Case((7, 5), ("row+col", "row+window", "col+row+global"), depth=3)
 CASES = {
     "masked": PLAIN,
     "without a mask": replace(PLAIN, holes=None),
     "relative, own projections": replace(PLAIN, positions="relative", share=False),
-    "skipped, dropped": replace(PLAIN, grid=(7, 5), skip_axis=0.9, drop_path=0.5),
+    "skipped, dropped": replace(PLAIN, skip_axis=0.9, drop_path=0.5),
     "one pass a layer, pooled": replace(PLAIN, pattern=("row", "col"), head="mean"),
     "with a prefix, whole": replace(PLAIN, prefix=2),
     "summed, whole": replace(PLAIN, pattern=("row+col",), fusion="sum"),
 }
-BANDS = {"a line": Recompute(band=1), "several, layers again": Recompute(2, 0.5, band=45)}
+BANDS = {"a line": Recompute(band=1), "several, layers again": Recompute(2, 0.5, band=25)}
 
 
 def assert_same(got, want):
@@ -40,28 +40,22 @@ def assert_close(got, want, what):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("way", BANDS.values(), ids=BANDS)
-def test_gradients_are_those_of_the_plain_run(name, way):
-    want, got = serial(CASES[name]), serial(replace(CASES[name], recompute=way))
-    assert_close(got.output, want.output, "output")
-    assert_close(got.input, want.input, "input")
-    assert_same(got, want)
+def test_gradients_are_those_of_the_plain_run(name):
+    want = serial(CASES[name])
+    for way in BANDS.values():
+        got = serial(replace(CASES[name], recompute=way))
+        assert_close(got.output, want.output, "output")
+        assert_close(got.input, want.input, "input")
+        assert_same(got, want)
 
 
-MESHES = {
-    "2x2": {"row": 2, "col": 2},
-    "1x3": {"row": 1, "col": 3},
-    "2x1, tensor 2": {"row": 2, "tensor": 2},
-}
-
-
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("mesh", [{"row": 2, "col": 2}, {"row": 2, "tensor": 2}], ids=str)
 def test_on_a_mesh_too(mesh):
-    """Parts of uneven size, of which bands of three rows or columns are cut."""
-    want = serial(CASES["masked"])
-    case = replace(CASES["masked"], recompute=Recompute(2, band=30))
-    world = mesh["row"] * mesh.get("col", 1) * mesh.get("tensor", 1)
-    for got in run_ranks(sharded, world, case=case, mesh=mesh, timeout=100):
+    """Parts of uneven size, of which bands of one or two rows or columns are cut."""
+    plain = replace(CASES["masked"], grid=(13, 10))
+    want = serial(plain)
+    case = replace(plain, recompute=Recompute(2, band=40))
+    for got in run_ranks(sharded, 4, case=case, mesh=mesh, timeout=100):
         top, bottom, left, right = (2 * edge for edge in got.rect)
         assert_close(got.output, want.output[:, top:bottom, left:right], "output")
         assert_close(got.input, want.input[:, top:bottom, left:right], "input")
@@ -70,7 +64,7 @@ def test_on_a_mesh_too(mesh):
 
 @pytest.mark.parametrize("exchange", ["heads", "gather"])
 def test_passes_of_parts_of_lines_are_taken_whole(exchange):
-    case = replace(CASES["masked"], grid=(7, 5))
+    case = CASES["masked"]
     want = serial(case)
     options = {"mesh": {"row": 2, "col": 2}, "exchange": exchange, "timeout": 100}
     for got in run_ranks(sharded, 4, case=replace(case, recompute=Recompute(1, band=9)), **options):
@@ -78,11 +72,11 @@ def test_passes_of_parts_of_lines_are_taken_whole(exchange):
 
 
 def test_empty_parts():
-    """Five rows of one column over two by three ranks: some have no row, some no column."""
-    case = Case((2, 5), ("row+col",))
+    """Two rows over two by two ranks: two of them have none of whole rows."""
+    case = Case((2, 3), ("row+col",), holes=None)
     want = serial(case)
     case = replace(case, recompute=Recompute(1, band=4))
-    for got in run_ranks(sharded, 6, case=case, mesh={"row": 2, "col": 3}, timeout=100):
+    for got in run_ranks(sharded, 4, case=case, mesh={"row": 2, "col": 2}, timeout=100):
         assert_same(got, want)
 
 
@@ -125,13 +119,14 @@ def test_patches_are_made_in_bands_of_which_the_pixels_alone_are_kept(masked):
             pixels[~valid.repeat_interleave(2, 1).repeat_interleave(2, 2)] = torch.nan
     found = []
     for band in (0, 17):
-        kept: list[torch.Size] = []
+        kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda x, kept=kept: (kept.append(x.shape), x)[1], lambda x: x
+            lambda x, kept=kept: (kept.append(x), x)[1], lambda x: x
         ):
             out = embed(pixels, valid, band)
+        others = [x for x in kept if x.data_ptr() != pixels.data_ptr()]
         found.append((out, *torch.autograd.grad(out.square().sum(), (pixels, embed.proj.weight))))
-        assert ((2, 5, 4, 12) in kept) == (band == 0)  # the patches
+        assert (max((x.numel() for x in others), default=0) >= pixels.numel()) == (band == 0)
     for want, got in zip(*found, strict=True):
         assert_close(got, want, "patches")
 
