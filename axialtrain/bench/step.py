@@ -136,6 +136,8 @@ def gigapixel(
     model = AxialTransformer(config).to(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pixels = torch.ones(1, side, side, 3, dtype=dtype)  # on the host, as a run has them
+    if setting.on_gpu and side == SIDES[0]:  # and pinned, where it can read ahead
+        pixels = pixels.pin_memory()
     place = Place(side // patch, side // patch)
 
     def run() -> None:

@@ -69,7 +69,8 @@ class _InBands(torch.autograd.Function):
             found = list(torch.autograd.grad(done, inputs, grad[some], allow_unused=True))
             del done  # or its graph would be there beside that of the next band
             if of_x is not None:
-                of_x[some] = found.pop(0)
+                of_seen = found.pop(0)
+                of_x[some] = 0.0 if of_seen is None else of_seen
             for total, one in zip(sums, found, strict=True):
                 if one is not None:
                     total.add(one)

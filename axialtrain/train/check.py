@@ -85,8 +85,9 @@ def loader_of(
         batch=config.train.batch,
         micro_batch=config.train.micro_batch,
         seed=config.seed,
-        # Where the pixels wait on the host, it holds them once, as the model will round them.
-        pin=pin and not lean,
+        # Where pixels wait on the host, it holds them as the model will round them; and once, where
+        # it has no room to read ahead: what is pinned is copied, and sizes are powers of two.
+        pin=pin and not (lean and config.data.prefetch == 0),
         dtype=torch.bfloat16 if lean and config.train.precision == "bf16" else torch.float32,
         lean=lean,
     )
