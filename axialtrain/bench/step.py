@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from axialtrain.bench.bare import bare_rate
-from axialtrain.bench.memory import GIGAPIXEL, H200
+from axialtrain.bench.memory import GIGAPIXEL, H200, KEPT, SIDES
 from axialtrain.bench.peak import held_at_once
 from axialtrain.bench.plain import drawn
 from axialtrain.bench.record import Goal, Result, ms, shown
@@ -53,7 +53,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         case = f"{name}, {side} px, {dtype_name(dtype)}"
         yield Case(case, partial(_model, setting, name, side, dtype, case))
     if _room(setting):
-        yield Case("gigapixel", partial(gigapixel, setting, 32_768, **GIGAPIXEL))
+        for name, side in zip(("gigapixel", "four gigapixels"), SIDES, strict=True):
+            if side == SIDES[0] or setting.long:  # a step of the other takes a minute
+                yield Case(name, partial(gigapixel, setting, side, KEPT[side], **GIGAPIXEL))
 
 
 def missing(setting: Setting) -> list[str]:
@@ -117,25 +119,34 @@ def _model(setting: Setting, name: str, side: int, dtype: torch.dtype, case: str
 
 
 def gigapixel(
-    setting: Setting, side: int, *, depth: int, dim: int, heads: int, patch: int
+    setting: Setting,
+    side: int,
+    kept: Recompute,
+    *,
+    depth: int,
+    dim: int,
+    heads: int,
+    patch: int,
 ) -> list[Result]:
-    """Forward and backward of one image in bf16, keeping the input of each layer alone, half of
-    them on the host: as experiment gigapixel_h200 does."""
+    """A step of one image of side x side px in bf16, of which `kept` says what is kept: as
+    experiments gigapixel_h200 and four_gigapixels_h200 do."""
     device, dtype = setting.device, torch.bfloat16
     torch.manual_seed(0)
     config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
     model = AxialTransformer(config).to(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    pixels = torch.ones(1, side, side, 3, device=device)  # fp32, as a run has them
+    pixels = torch.ones(1, side, side, 3, dtype=dtype)  # on the host, as a run has them
+    if setting.on_gpu and side == SIDES[0]:  # and pinned, where it can read ahead
+        pixels = pixels.pin_memory()
     place = Place(side // patch, side // patch)
 
     def run() -> None:
         optimizer.zero_grad()
-        x = model.patch_embed(pixels.to(dtype), None)
+        x = model.patch_embed(pixels, None, kept.band)
         none = x.new_zeros(1, 0, dim)
         tokens, _ = encode(
             list(model.blocks), model.norm, model.exchange, x, none, place, None, None, None,
-            recompute=Recompute(every=1, offload=0.5),
+            recompute=kept,
         )  # fmt: skip
         tokens.mean(dtype=torch.float32).backward()
         optimizer.step()
@@ -144,7 +155,7 @@ def gigapixel(
     a, b = (drawn(size, size, device=device, dtype=dtype, seed=seed).detach() for seed in (0, 1))
     rounds = setting.in_turns({"step": run, "product": lambda: a @ b})
     held, _ = held_at_once(run, device)
-    if setting.on_gpu:  # with what was there before: pixels, weights, moments
+    if setting.on_gpu:  # with what was there before: weights, moments
         held = torch.cuda.max_memory_allocated(device)
     flop = 3 * _forward_flop(place, config)  # what is run again is work, and none of the step's
     able = 2 * size**3 / rounds.median("product")

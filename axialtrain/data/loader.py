@@ -29,6 +29,7 @@ from axialtrain.data.order import OrderState, Stream
 from axialtrain.data.region import Shards
 from axialtrain.data.store import UNLABELLED
 from axialtrain.data.streams import stream_of, windows_of
+from axialtrain.data.strips import put, strips
 from axialtrain.data.tile_reader import TileReader
 from axialtrain.data.tile_windows import TileWindows
 from axialtrain.data.turns import View
@@ -40,7 +41,7 @@ from axialtrain.grid import Place, tokens_across
 class Batch:
     """One micro-batch on one rank, B samples; p is the patch, h and w are this rank's tokens.
 
-    pixels: float32 [B, h*p, w*p, bands], normalised, 0 where missing.
+    pixels: float32, or what `Loader` was told, [B, h*p, w*p, bands], normalised, 0 where missing.
     labels: uint8 [B, h*p, w*p], 255 where there is no target or no pixel; None without labels.
     present: bool [B, h*p, w*p], where there is a pixel.
     valid: bool [B, h, w], whether a token has any present pixel.
@@ -161,7 +162,8 @@ class Loader:
     at: this rank's coordinates in it. data_rank of data_ranks: which samples are this rank's.
     batch: samples of one optimizer step over all ranks; micro_batch: of one data rank at a time.
 
-    pin: whether batches lie in memory that is copied to a GPU while it computes.
+    pin: whether batches lie in memory that is copied to a GPU while it computes. dtype: of the
+    pixels, which a model in bf16 would round all the same. lean: read strip by strip (`strips`).
 
     accumulation: micro-batches of one optimizer step. bands: of its batches. bytes_read,
     tiles_decoded: for the batches that were handed out. ValueError, alike on all ranks, if the
@@ -184,6 +186,8 @@ class Loader:
         micro_batch: int,
         seed: int,
         pin: bool = False,
+        dtype: torch.dtype = torch.float32,
+        lean: bool = False,
     ) -> None:
         for key, value in (
             ("patch", patch),
@@ -204,6 +208,8 @@ class Loader:
         self.batch = batch
         self.micro_batch = micro_batch
         self._pin = pin
+        self._dtype = dtype
+        self._lean = lean
         self.accumulation = -(-batch // (micro_batch * data_ranks))
         normalise = Normalise(shards.kind, *normalisation(shards, config), config.bands)
         self.bands = normalise.kind.bands
@@ -296,7 +302,12 @@ class Loader:
         pixels = tokens * self.patch**2 * self.micro_batch
         # Besides those that are read ahead, one is being read and one is the consumer's.
         count = self.config.prefetch + 2
-        of_pixel = self.bands * 4 + 1 + self.shards.has_labels + 4 * self.shards.has_instances
+        of_pixel = (
+            self.bands * self._dtype.itemsize
+            + 1
+            + self.shards.has_labels
+            + 4 * self.shards.has_instances
+        )
         held = count * pixels * of_pixel
         if held > memory_bytes():
             size = "null" if self.config.window is None else str(list(self.config.window))
@@ -357,6 +368,7 @@ class Loader:
                 self.bytes_read += bytes_read
                 self.tiles_decoded += tiles_decoded
                 yield batch
+                del batch  # before the next one is read, where none is read ahead
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -372,7 +384,7 @@ class Loader:
         place = self._place([slot.view.size for slot in slots])
         mine = place.rect.scaled(self.patch)  # px, from the window's corner
         size = (len(slots), mine.height, mine.width)
-        pixels = np.zeros((*size, self.bands), np.float32)
+        pixels = torch.zeros(*size, self.bands, dtype=self._dtype)
         labels = np.full(size, UNLABELLED, np.uint8) if self.shards.has_labels else None
         instances = np.zeros(size, np.int32) if self.shards.has_instances else None
         present = np.zeros(size, np.bool_)
@@ -384,20 +396,24 @@ class Loader:
             part = place.pixels(self.patch, *view.size)
             if slot.filler or part.empty:
                 continue
-            region = self._reader.region(slot.window.name, view.source(part), spare=spare)
-            faults[i] = region.damaged
-            here = (i, *part.slices(mine))
-            present[here] = view.shown(region.present)
-            pixels[here] = self._colours(view.shown(region.pixels), present[here], slot.drawn, part)
-            if labels is not None and region.labels is not None:
-                labels[here] = view.shown(region.labels)
-            if instances is not None and region.instances is not None:
-                instances[here] = view.shown(region.instances)
-            bytes_read += region.bytes_read
-            tiles_decoded += region.tiles_decoded
+            for strip in strips(part) if self._lean else [part]:
+                region = self._reader.region(slot.window.name, view.source(strip), spare=spare)
+                # a tile that two strips have a part of is damaged in both
+                faults[i] = tuple(dict.fromkeys((*faults[i], *region.damaged)))
+                here = (i, *strip.slices(mine))
+                present[here] = view.shown(region.present)
+                shown = view.shown(region.pixels)
+                values = self._colours(shown, present[here], slot.drawn, strip)
+                put(pixels, here, values)
+                if labels is not None and region.labels is not None:
+                    labels[here] = view.shown(region.labels)
+                if instances is not None and region.instances is not None:
+                    instances[here] = view.shown(region.instances)
+                bytes_read += region.bytes_read
+                tiles_decoded += region.tiles_decoded
         p, (h, w) = self.patch, (place.rect.height, place.rect.width)
         batch = Batch(
-            pixels=torch.from_numpy(pixels),
+            pixels=pixels,
             labels=None if labels is None else torch.from_numpy(labels),
             present=torch.from_numpy(present),
             valid=torch.from_numpy(present.reshape(-1, h, p, w, p).any((2, 4))),

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axialtrain.attention.config import AxialConfig
+from axialtrain.attention.config import AxialConfig, Pass
 from axialtrain.attention.masks import GridMask
 from axialtrain.attention.passes import AxialAttention
-from axialtrain.grid import Place
+from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.models.by_band import in_bands
 from axialtrain.models.chance import Chance
 from axialtrain.models.mlp import Mlp
 
@@ -111,22 +112,39 @@ class Layer(nn.Module):
         place: Place,
         valid: GridMask | Tensor | None = None,
         chance: Chance | None = None,
+        band: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """x: [B, h, w, D] under place.layout -> [B, h', w', D] under self.exit(place).layout.
 
         prefix: [B, n, D], tokens beside the image, the same on every rank; n may be 0.
         valid: bool [B, H, W] of the whole grid, None where all tokens are.
         chance: the draws of a training step, None in evaluation.
+        band: tokens at a time of a pass whose lines are whole here, or one line where it has more:
+            nothing of the pass is kept but its input, and the MLP goes with the last pass. 0: all
+            tokens at once, as always where there is a prefix, or where passes are summed.
         """
         skipped = None
         if chance is not None:
             skipped = chance.skipped(self.index, len(self.passes), self.skip_axis)
-        run = self._sum if self.summed else self._sequence
-        x, prefix = run(x, prefix, place, valid, chance, skipped)
+        if self.summed:
+            x, prefix = self._sum(x, prefix, place, valid, chance, skipped)
+        else:
+            x, prefix = self._sequence(x, prefix, place, valid, chance, skipped, band)
+            if self._by_band(self.passes[-1], self.exit(place), prefix, band):
+                return x, prefix  # its MLP too
         keep = self._kept(x, chance, len(self.passes))
         if prefix.shape[1]:
-            prefix = _add(prefix, self.ls2(self.mlp(self.norm2(prefix))), keep)
-        return _add(x, self.ls2(self.mlp(self.norm2(x))), keep), prefix
+            prefix = self._after(prefix, keep)
+        return self._after(x, keep), prefix
+
+    def _after(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """x: tokens after all passes."""
+        return _add(x, self.ls2(self.mlp(self.norm2(x))), keep)
+
+    def _by_band(self, which: Pass, goal: Place, prefix: Tensor, band: int) -> bool:
+        """Whether a pass that is at `goal` is taken band by band."""
+        whole = len(which.dims) == 1 and goal.layout is not Layout.TILE
+        return band > 0 and whole and not prefix.shape[1]  # that attends to tokens of all bands
 
     def _sequence(
         self,
@@ -136,9 +154,14 @@ class Layer(nn.Module):
         valid: GridMask | Tensor | None,
         chance: Chance | None,
         skipped: int | None,
+        band: int,
     ) -> tuple[Tensor, Tensor]:
         for number, which in enumerate(self.passes):
             goal = which.enters(place, self.exchange.kind)
+            if self._by_band(which, goal, prefix, band):
+                x, place = self.exchange(x, place, goal.layout), goal
+                x = self._again_in_bands(x, prefix, place, number, valid, chance, skipped, band)
+                continue
             if not prefix.shape[1] and self.exchange.in_bands(place, goal.layout):
                 x = self._in_bands(x, prefix, place, goal, number, valid, chance, skipped)
                 place = goal
@@ -172,6 +195,37 @@ class Layer(nn.Module):
             done.append(self._added(lines, out, keep))
         # along the dim that is not attended to
         return done[0] if len(done) == 1 else torch.cat(done, 3 - which.dims[0])
+
+    def _again_in_bands(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        number: int,
+        valid: GridMask | Tensor | None,
+        chance: Chance | None,
+        skipped: int | None,
+        band: int,
+    ) -> Tensor:
+        """Pass `number`, of rows or columns, of which x alone is kept; the last with the MLP."""
+        which, keep = self.passes[number], self._kept(x, chance, number)
+        attn, norm = _of(self.attn, number), _of(self.norm1, number)
+        last = number == len(self.passes) - 1
+        keep_mlp = self._kept(x, chance, len(self.passes)) if last else None
+        along = which.dims[0]
+        across = 3 - along
+        lines = max(1, band // max(1, len(x) * x.shape[along]))  # of a band
+        parts = place.bands(max(1, -(-x.shape[across] // lines)))
+
+        def run(tokens: Tensor, index: int) -> Tensor:
+            out, _ = attn(norm(tokens), prefix, parts[index], which, valid, skip=number == skipped)
+            tokens = self._added(tokens, out, keep)
+            return self._after(tokens, keep_mlp) if last else tokens
+
+        rects = [part.rect for part in parts]
+        sizes = [rect.height if across == 1 else rect.width for rect in rects]
+        used = [attn, norm, self.ls1, *([self.norm2, self.mlp, self.ls2] if last else [])]
+        return in_bands(run, x, sizes, across, used)
 
     def _sum(
         self,

@@ -22,15 +22,22 @@ PASS, MLP = 6, 2
 # M of gradients at a time, at most: of the residual stream, of what a pass adds to it, of q, k, v
 # and of the norm's output.
 GRADIENTS = 6
+# Where passes are computed again in bands, M kept by a pass: its input, which the last one's MLP
+# needs no other beside; and M of gradients: of a pass's result, and of its input, which is filled
+# band by band. What a band keeps is what a pass and an MLP keep, of its tokens alone, and gradients
+# of these.
+PASS_IN_BANDS, GRADIENTS_IN_BANDS = 1, 2
+PRESENT = 1  # bytes a pixel: whether it is there
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes at the peak: the backward of the layers that were computed again last.
 
-    weights: with gradients and moments. pixels: as they were read, and as patches. kept: tokens
-    that wait on the device. layers: what is kept of the layers at hand. host: tokens that wait in
-    the host's memory.
+    weights: with gradients and moments. pixels: as they were read, and as patches; where they wait
+    on the host, which of them are there. kept: tokens that wait on the device. layers: what is kept
+    of the layers at hand. band: of the band at hand, where passes are computed again in bands.
+    host: tokens that wait in the host's memory. host_pixels: pixels that do, of one micro-batch.
     """
 
     weights: int
@@ -39,11 +46,18 @@ class StepMemory:
     layers: int
     gradients: int
     host: int
+    band: int = 0
+    host_pixels: int = 0
 
     @property
     def device(self) -> int:
         """All but what waits on the host."""
-        return self.weights + self.pixels + self.kept + self.layers + self.gradients
+        return self.weights + self.pixels + self.kept + self.layers + self.gradients + self.band
+
+    @property
+    def of_host(self) -> int:
+        """All that waits on the host."""
+        return self.host + self.host_pixels
 
 
 def step_memory(
@@ -65,23 +79,50 @@ def step_memory(
             "are row and col"
         )
     of_tokens = tokens * config.dim * value_bytes
-    # Means and deviations of the norms and the logarithms of attention, in fp32.
-    of_pass = PASS * of_tokens + tokens * 4 * (2 + config.heads)
-    of_mlp = MLP * of_tokens + tokens * 4 * 2
-    if config.mlp_chunk is None or tokens <= config.mlp_chunk:
-        of_mlp += 2 * tokens * config.mlp_width * value_bytes
+    in_bands = recompute.band > 0
+    of_pass = _pass(config, tokens, value_bytes)
+    of_mlp = _mlp(config, tokens, value_bytes)
+    band = 0
+    if in_bands:
+        at_hand = min(recompute.band, tokens)
+        band = _band(config, at_hand, value_bytes)
+        of_pass, of_mlp = PASS_IN_BANDS * of_tokens, 0
     of_layer = [
         len(config.axial_config.passes(index)) * of_pass + of_mlp for index in range(config.depth)
     ]
     every = recompute.every or config.depth
     groups = recompute.groups(config.depth)
     hosted = sum(recompute.on_host(group) for group in range(groups))
-    values = tokens * config.patch_px**2 * config.bands
+    places = tokens * config.patch_px**2
+    values = places * config.bands
     return StepMemory(
         weights=parameters * PARAMETER,
-        pixels=values * (4 + value_bytes),
+        pixels=places * PRESENT if in_bands else values * (4 + value_bytes),
         kept=(groups - hosted) * of_tokens,
         layers=max(sum(of_layer[at : at + every]) for at in range(0, config.depth, every)),
-        gradients=GRADIENTS * of_tokens,
+        gradients=(GRADIENTS_IN_BANDS if in_bands else GRADIENTS) * of_tokens,
         host=hosted * of_tokens,
+        band=band,
+        host_pixels=values * value_bytes + places * PRESENT if in_bands else 0,
     )
+
+
+def _pass(config: AxialTransformerConfig, tokens: int, value_bytes: int) -> int:
+    """Kept by a pass. Means and deviations of its norm and the logarithms of attention in fp32."""
+    return tokens * (PASS * config.dim * value_bytes + 4 * (2 + config.heads))
+
+
+def _mlp(config: AxialTransformerConfig, tokens: int, value_bytes: int) -> int:
+    """Kept by an MLP, and by its norm."""
+    width = MLP * config.dim
+    if config.mlp_chunk is None or tokens <= config.mlp_chunk:
+        width += 2 * config.mlp_width
+    return tokens * (width * value_bytes + 4 * 2)
+
+
+def _band(config: AxialTransformerConfig, tokens: int, value_bytes: int) -> int:
+    """Of a band: what its last pass and its MLP keep, and of either the gradients at a time."""
+    whole = config.mlp_chunk is None or tokens <= config.mlp_chunk
+    hidden = 2 * config.mlp_width * value_bytes * (tokens if whole else config.mlp_chunk or 0)
+    gradients = GRADIENTS * config.dim * value_bytes * tokens + hidden
+    return _pass(config, tokens, value_bytes) + _mlp(config, tokens, value_bytes) + gradients

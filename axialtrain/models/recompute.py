@@ -22,14 +22,21 @@ class Recompute:
     those n layers again in backward.
     offload: the share of these tokens, from 0 to 1, that waits for backward in the host's memory,
     spread evenly over the depth.
+    band: tokens of a band of lines (see `Layer`): a pass of rows or columns keeps its input alone,
+    and is computed again in backward band by band. 0: a pass keeps all that its backward needs.
     """
 
     every: int = 0
     offload: float = 0.0
+    band: int = 0
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"train.recompute={self.every}: allowed are whole numbers from 0")
+        if self.band < 0:
+            raise ValueError(
+                f"train.recompute_band={self.band}: allowed are whole numbers from 0, tokens"
+            )
         if not 0 <= self.offload <= 1:
             raise ValueError(f"train.offload={self.offload}: allowed are numbers from 0 to 1")
         if self.offload and not self.every:
@@ -61,7 +68,7 @@ def run_layers(
     valid: bool [B, H, W] of the whole grid, or None.
     """
     if not recompute.every:
-        x, prefix = _through(layers, x, prefix, place, valid, chance)
+        x, prefix = _through(layers, x, prefix, place, valid, chance, recompute.band)
         return x, prefix, _after(layers, place)
     for group, first in enumerate(range(0, len(layers), recompute.every)):
         some = layers[first : first + recompute.every]
@@ -69,7 +76,7 @@ def run_layers(
         kept = save_on_cpu(pin_memory=x.is_cuda) if recompute.on_host(group) else nullcontext()
         with kept:
             x, prefix = checkpoint(
-                _through, some, x, prefix, place, valid, chance, use_reentrant=False
+                _through, some, x, prefix, place, valid, chance, recompute.band, use_reentrant=False
             )
         place = _after(some, place)
     return x, prefix, place
@@ -82,10 +89,11 @@ def _through(
     place: Place,
     valid: GridMask | Tensor | None,
     chance: Chance | None,
+    band: int,
 ) -> tuple[Tensor, Tensor]:
     for layer in layers:
         assert isinstance(layer, Layer)
-        x, prefix = layer(x, prefix, place, valid, chance)
+        x, prefix = layer(x, prefix, place, valid, chance, band)
         place = layer.exit(place)
     return x, prefix
 

@@ -21,6 +21,7 @@ from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import MeshConfig, check_divides
 from axialtrain.mesh.projection import Projection
+from axialtrain.models.by_band import in_bands
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
 from axialtrain.models.recompute import Recompute, run_layers
@@ -175,12 +176,28 @@ class PatchEmbed(nn.Module):
         embed.proj.bias = conv.bias  # type: ignore[assignment]
         return embed
 
-    def forward(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, pixels: Tensor, valid: Tensor | None, band: int = 0) -> Tensor:
         """pixels: [B, h * patch, w * patch, bands], valid: [B, h, w] -> [B, h, w, D].
 
         Invalid patches count as zero, whatever they hold. Pixels come as they were read; the
-        tokens, and with them all of the model, have the dtype of the weights.
+        tokens, and with them all of the model, have the dtype of the weights, and are where these
+        are. band: tokens at a time, or one row where it has more: the pixels are all that is kept
+        for backward, wherever they are, and no patches. 0: all tokens at once.
         """
+        if not band:
+            return self._tokens(pixels, valid)
+        images, height, width, _ = pixels.shape
+        rows = max(1, band // (images * (width // self.patch)))
+        tall = pixels.unflatten(1, (height // self.patch, self.patch))
+        sizes = [part.shape[1] for part in tall.split(rows, 1)]
+        masks = [None] * len(sizes) if valid is None else list(valid.split(rows, 1))
+
+        def run(some: Tensor, index: int) -> Tensor:
+            return self._tokens(some.flatten(1, 2).to(self.proj.weight.device), masks[index])
+
+        return in_bands(run, tall, sizes, 1, [self])
+
+    def _tokens(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
         patches = to_patches(pixels.to(self.proj.weight.dtype), self.patch)
         if valid is not None:
             # where, not a product, and before the projection: NaN * 0 is NaN, in its gradient too.
@@ -268,7 +285,7 @@ class AxialTransformer(nn.Module):
         chance = chance if self.training else None
         check_inputs(pixels.shape[0], place, valid, chance, draws=self.training and draws)
         chance = chance if draws else None
-        x = self.patch_embed(pixels, valid)
+        x = self.patch_embed(pixels, valid, self.recompute.band)
         if hidden is not None:
             which, token = hidden
             x = torch.where(which[..., None], token.to(x.dtype), x)
@@ -291,7 +308,7 @@ class AxialTransformer(nn.Module):
             valid,
             whole,
             chance,
-            recompute=self.recompute if self.training else None,
+            recompute=self.recompute if self.training else Recompute(band=self.recompute.band),
         )
 
 

@@ -73,6 +73,7 @@ def loader_of(
 
     held_out: whether the shards are those of validation. pin: see `Loader`.
     """
+    lean = config.train.lean
     return Loader(
         shards,
         config.data.held_out if held_out else config.data,
@@ -84,7 +85,11 @@ def loader_of(
         batch=config.train.batch,
         micro_batch=config.train.micro_batch,
         seed=config.seed,
-        pin=pin,
+        # Where pixels wait on the host, it holds them as the model will round them; and once, where
+        # it has no room to read ahead: what is pinned is copied, and sizes are powers of two.
+        pin=pin and not (lean and config.data.prefetch == 0),
+        dtype=torch.bfloat16 if lean and config.train.precision == "bf16" else torch.float32,
+        lean=lean,
     )
 
 

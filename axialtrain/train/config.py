@@ -15,6 +15,7 @@ from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import KINDS, ModelConfig
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.compiled import check_compile
+from axialtrain.train.recomputed import check_recompute
 from axialtrain.train.schedule import ScheduleConfig
 from axialtrain.train.track import LoggerConfig
 
@@ -96,6 +97,9 @@ class TrainConfig:
         the token grid; see `axialtrain.train.compiled` for what it does not go with.
     recompute: 0 keeps all activations for backward; n keeps the tokens before every n-th layer, and
         computes the layers again. offload: the share of those tokens that is kept on the host.
+    recompute_band: tokens of a band, in which passes of rows and columns are computed again, so
+        that a pass keeps its input alone; 0 keeps all that a pass needs. The pixels then wait on
+        the host, as well: see `axialtrain.train.recomputed` for what it does not go with.
     """
 
     steps: int = 100
@@ -107,6 +111,12 @@ class TrainConfig:
     compile: bool = False
     recompute: int = 0
     offload: float = 0.0
+    recompute_band: int = 0
+
+    @property
+    def lean(self) -> bool:
+        """Whether memory is short: pixels wait on the host, in the dtype of the weights."""
+        return self.recompute_band > 0
 
     def __post_init__(self) -> None:
         _check_least("train", self, steps=1, batch=1, micro_batch=1, validate_every=0, patience=0)
@@ -114,7 +124,9 @@ class TrainConfig:
             raise ValueError(
                 f"train.precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}"
             )
-        Recompute(self.recompute, self.offload)  # refuses what it does not allow
+        Recompute(
+            self.recompute, self.offload, self.recompute_band
+        )  # refuses what it does not allow
 
 
 @dataclass
@@ -241,16 +253,20 @@ class RunConfig:
                 f"lists, or of a file that says in its defaults which kind it is: "
                 f"{', '.join(f'{kind}_schema' for kind in KINDS)}"
             )
-        if self.train.recompute and not isinstance(self.model, AxialTransformerConfig):
-            raise ValueError(
-                f"train.recompute={self.train.recompute}: only an axial transformer can: allowed "
-                "is 0 with a model of another kind"
-            )
+        train = self.train
+        check_recompute(
+            train.recompute, train.recompute_band, self.model, self.mesh, self.zero.stage, self.task
+        )
         if self.init == "":
             raise ValueError("init is not set: give init=timm:NAME, init=FILE or init=null")
         if self.resume == "":
             raise ValueError("resume is empty: give resume=auto, resume=RUN or resume=null")
         if self.train.compile:
             check_compile(self.model, self.mesh, self.zero.stage)
+            if train.recompute_band:
+                raise ValueError(
+                    f"train.compile=true, and train.recompute_band={train.recompute_band}, whose "
+                    "backward is no graph: allowed is 0, or train.compile=false"
+                )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are whole numbers from 0 to 2^63 - 1")

@@ -77,7 +77,7 @@ class Damages:
         pixels = keep[:, None, None]
         return replace(
             batch,
-            pixels=torch.where(pixels[..., None], batch.pixels, 0.0),
+            pixels=torch.where(pixels[..., None].to(batch.pixels.device), batch.pixels, 0.0),
             labels=None if batch.labels is None else batch.labels.where(pixels, IGNORE),
             present=batch.present & pixels,
             valid=batch.valid & pixels,

@@ -81,7 +81,7 @@ class Run:
 
     def taken(self, batch: Batch, *, held_out: bool = False) -> Batch:
         """The batch as it counts, on the run's device."""
-        batch = to_device(batch, self.device)
+        batch = to_device(batch, self.device, pixels=not self.config.train.lean)
         return batch if self.damages is None else self.damages.settle(batch, held_out=held_out)
 
     def agree(self) -> None:
@@ -274,9 +274,16 @@ def reading(run: Run) -> list[dict[str, int]]:
     return gather_objects(mine, run.mesh.world)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; from pinned memory while it computes."""
-    return moved(batch, lambda x: x.to(device, non_blocking=True))
+def to_device(batch: Batch, device: torch.device, *, pixels: bool = True) -> Batch:
+    """The batch with its tensors on `device`; from pinned memory while it computes.
+
+    pixels: whether they go there as well, or are left for a model that fetches them in bands.
+    """
+
+    def move(x: Tensor) -> Tensor:
+        return x if x is batch.pixels and not pixels else x.to(device, non_blocking=True)
+
+    return moved(batch, move)
 
 
 def report(

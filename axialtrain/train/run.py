@@ -155,7 +155,9 @@ def _run(
     torch.manual_seed(config.seed)  # the whole model is built alike everywhere, then spread
     backbone = build_backbone(config.model)
     if isinstance(backbone, AxialTransformer):
-        backbone.recompute = Recompute(config.train.recompute, config.train.offload)
+        backbone.recompute = Recompute(
+            config.train.recompute, config.train.offload, config.train.recompute_band
+        )
     model = task.build(backbone)
     if saved is None:
         # A run that goes on may have a newer checkpoint for the next rank that looks.
