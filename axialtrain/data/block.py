@@ -16,13 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.codec import (
-    Instances,
-    Pixels,
-    decode,
-    decode_instances,
-    decoding_memory,
-)
+from axialtrain.data.codec import Instances, JpegTiles, Pixels, decode, decode_instances
 from axialtrain.data.damage import Damage
 from axialtrain.data.kinds import Raster
 from axialtrain.data.store import (
@@ -130,8 +124,9 @@ class Block:
         noted, which count as missing; None: they are raised.
         """
         count = 0
-        out = decoding_memory(self.head.tile, self.head.bands)
-        decoder = partial(decode_tile, head=self.head, out=out)
+        decoder: Callable[[bytes], Raster] = partial(decode_tile, head=self.head)
+        if self.head.encoding == "jpg":
+            decoder = JpegTiles(self.head.tile, self.head.bands)
         for tile, whole, part in tiles:
             here = part.slices(rect)
             try:
@@ -255,9 +250,9 @@ def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> Block
     return None
 
 
-def decode_tile(data: bytes, head: Head, out: Raster | None = None) -> Raster:
-    """A tile of the image of `head`, [tile, tile, bands] of its dtype. out: as in `decode`."""
-    pixels = decode(data, (head.tile, head.tile, head.bands), head.dtype, out)
+def decode_tile(data: bytes, head: Head) -> Raster:
+    """A tile of the image of `head`, [tile, tile, bands] of its dtype."""
+    pixels = decode(data, (head.tile, head.tile, head.bands), head.dtype)
     if head.dtype == "float32" and not np.isfinite(pixels).all():
         raise ValueError("holds numbers that are not finite")
     return pixels

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from axialtrain.data.codec import decode, encode_jpeg, jpeg_shape
+from axialtrain.data.codec import JpegTiles, decode, encode_jpeg, jpeg_shape
 from axialtrain.data.tar import parse_header, plain_file
 
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=100)
@@ -56,8 +56,9 @@ def test_a_sound_header_is_read_as_tarfile_reads_it(at: int, value: int, size: i
         return
     try:
         info = parse_header(bytes(data))
-    except ValueError:  # for a number that is neither of name, size nor type
-        assert 100 <= at < 124 or 136 <= at < 148 or 329 <= at < 345
+    except ValueError:  # for a field that is none of name, size, type, magic
+        read = (*range(100), *range(124, 136), 156, *range(257, 265))
+        assert at not in read
     else:
         assert found == (info.name, info.size)
         assert info.type == tarfile.REGTYPE
@@ -97,3 +98,23 @@ def test_two_bytes_like_those_of_a_scan_in_a_comment() -> None:
     assert jpeg_shape(buffer.getvalue()) == (16, 32, 3)
     with pytest.raises(ValueError, match=r"cut short|no frame header|no marker"):
         jpeg_shape(buffer.getvalue()[:60])
+
+
+def test_jpegs_one_after_the_other() -> None:
+    """Of like headers and of others, in colour and in grey; what is none of them is refused."""
+    rng = np.random.default_rng(1)
+    colour = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
+    tiles = [encode_jpeg(colour[i % 3], quality) for i, quality in enumerate([90, 90, 50, 50, 90])]
+    buffer = io.BytesIO()
+    Image.fromarray(colour[0]).save(buffer, "JPEG", progressive=True)
+    tiles[3:3] = [buffer.getvalue(), buffer.getvalue()]
+    decoder = JpegTiles(16, 3)
+    for data in tiles:
+        np.testing.assert_array_equal(decoder(data), decode(data, (16, 16, 3)))
+    grey = encode_jpeg(np.ascontiguousarray(colour[0, ..., 0]), 90)
+    with pytest.raises(ValueError, match=r"is of shape \(16, 16, 1\) where \(16, 16, 3\) belongs"):
+        decoder(grey)
+    with pytest.raises(ValueError, match="is a JPEG"):
+        decoder(tiles[0][:100])
+    for _ in range(2):
+        np.testing.assert_array_equal(JpegTiles(16, 1)(grey), decode(grey, (16, 16, 1)))
