@@ -260,7 +260,7 @@ def _train(parsed: argparse.Namespace) -> int:
         threads_each,
     )
     from axialtrain.train.alike import AlikeError
-    from axialtrain.train.check import check
+    from axialtrain.train.check import check, check_kernel
     from axialtrain.train.compose import compose_run
     from axialtrain.train.signals import Interrupted
 
@@ -270,6 +270,7 @@ def _train(parsed: argparse.Namespace) -> int:
     config, folder, text = compose_run(parsed.overrides, started)
     check(config, folder, started)
     device = device_type(config.launcher.device, config.mesh.size)
+    check_kernel(config, device)
     # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
     os.environ["DS_ACCELERATOR"] = device
     from axialtrain.train.run import run

@@ -150,9 +150,8 @@ class Steps:
 
     def _step(self) -> Iterator[Batch]:
         while self._left:
-            batch = next(self._batches)
             self._left -= 1
-            yield batch
+            yield next(self._batches)  # none of ours is kept while the next one is read
 
 
 class Loader:
@@ -367,8 +366,10 @@ class Loader:
                 batch, bytes_read, tiles_decoded = pending.popleft().result()
                 self.bytes_read += bytes_read
                 self.tiles_decoded += tiles_decoded
-                yield batch
-                del batch  # before the next one is read, where none is read ahead
+                # Where memory is short, none is kept beside the consumer's.
+                handed = [batch]
+                del batch
+                yield handed.pop()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -29,4 +29,4 @@ def put(pixels: Tensor, here: tuple[int, slice, slice], values: NDArray[np.float
     if pixels.dtype is torch.float32:
         pixels.numpy()[here] = values  # by this thread alone
     else:
-        pixels[here] = torch.from_numpy(np.ascontiguousarray(values))
+        pixels[here] = torch.from_numpy(values)

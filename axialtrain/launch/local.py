@@ -309,8 +309,9 @@ def _rank(
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
     """Python's own handler, for the first only: a terminal's comes with the launcher's, and the
-    second must not interrupt the end that the first began."""
+    second must not interrupt the end that the first began. A parent that dies now still ends us."""
     signal.signal(number, signal.SIG_IGN)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     raise KeyboardInterrupt
 
 

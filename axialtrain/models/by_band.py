@@ -66,7 +66,9 @@ class _InBands(torch.autograd.Function):
             inputs = [seen, *ctx.parameters] if wanted else list(ctx.parameters)
             with torch.enable_grad(), ctx.cast():
                 done = ctx.run(seen, number)
-            found = list(torch.autograd.grad(done, inputs, grad[some], allow_unused=True))
+            found: list[Tensor | None] = [None] * len(inputs)
+            if done.requires_grad:
+                found = list(torch.autograd.grad(done, inputs, grad[some], allow_unused=True))
             del done  # or its graph would be there beside that of the next band
             if of_x is not None:
                 of_seen = found.pop(0)

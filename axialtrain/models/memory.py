@@ -27,6 +27,9 @@ GRADIENTS = 6
 # band by band. What a band keeps is what a pass and an MLP keep, of its tokens alone, and gradients
 # of these.
 PASS_IN_BANDS, GRADIENTS_IN_BANDS = 1, 2
+# Where no layer is computed again, the last norm is gone back through while all is there that they
+# keep: beside it M of its input, and of the gradients of that and of its result.
+LAST_NORM = 3
 PRESENT = 1  # bytes a pixel: whether it is there
 
 
@@ -36,7 +39,8 @@ class StepMemory:
 
     weights: with gradients and moments. pixels: as they were read, and as patches; where they wait
     on the host, which of them are there. kept: tokens that wait on the device. layers: what is kept
-    of the layers at hand. band: of the band at hand, where passes are computed again in bands.
+    of the layers at hand. band: of the band at hand, where passes are computed again in bands, or
+    what the last norm takes beyond it. The plans of masks (`attention.masks`) are not counted.
     host: tokens that wait in the host's memory. host_pixels: pixels that do, of one micro-batch.
     """
 
@@ -87,6 +91,9 @@ def step_memory(
         at_hand = min(recompute.band, tokens)
         band = _band(config, at_hand, value_bytes)
         of_pass, of_mlp = PASS_IN_BANDS * of_tokens, 0
+        if not recompute.every:
+            of_norm = (LAST_NORM - GRADIENTS_IN_BANDS) * of_tokens + tokens * 4 * 2
+            band = max(band, of_norm)
     of_layer = [
         len(config.axial_config.passes(index)) * of_pass + of_mlp for index in range(config.depth)
     ]

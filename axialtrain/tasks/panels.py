@@ -11,6 +11,8 @@ from torch import Tensor
 
 from axialtrain.data.config import PerBand
 
+ROWS = 1024  # px
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -25,7 +27,10 @@ def image_panel(pixels: Tensor, side: int, title: str, *, mean: PerBand, std: Pe
 
     mean, std: of their normalisation, one number or one for each band.
     """
-    small = reduce(pixels.float(), "(h p) (w q) C -> h w C", "mean", p=side, q=side)
+    # Some rows at a time: pixels that wait on the host in bf16 have no room in fp32 beside them.
+    rows = pixels.split(side * max(1, ROWS // side))
+    pattern = "(h p) (w q) C -> h w C"
+    small = torch.cat([reduce(some.float(), pattern, "mean", p=side, q=side) for some in rows])
     small = small * torch.as_tensor(std).to(small) + torch.as_tensor(mean).to(small)
     if small.shape[-1] != 3:  # show the first band in grey
         small = small[..., :1].expand(*small.shape[:-1], 3)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from axialtrain.attention.kernels import FLEX
 from axialtrain.data.kinds import chosen
 from axialtrain.data.loader import Loader
 from axialtrain.data.mixing import MixedShards, lacking, open_sets
 from axialtrain.data.normalise import normalisation
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.models.registry import build_backbone
-from axialtrain.models.transformer import FEATURES
+from axialtrain.models.transformer import FEATURES, AxialTransformerConfig
 from axialtrain.tasks.classification import Classification, ClassificationConfig
 from axialtrain.tasks.panoptic import Panoptic, PanopticConfig
 from axialtrain.tasks.reconstruction import Reconstruction, ReconstructionConfig
@@ -171,6 +172,18 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
     if saved is not None:
         loader = loader_of(config, shards_of["data.shards"], at=(0, 0), data_rank=0)
         check_fits(saved, config, loader)
+
+
+def check_kernel(config: RunConfig, device_type: str) -> None:
+    """Raise ValueError where the model's attention has no kernel on this type of device."""
+    if not isinstance(config.model, AxialTransformerConfig):
+        return
+    attention = config.model.axial_config
+    if attention.kernel == "flex" and attention.positions == "relative" and device_type not in FLEX:
+        raise ValueError(
+            f"axial_config.kernel=flex: FlexAttention trains on {', '.join(FLEX)} alone, and this "
+            f"run is on {device_type}: allowed are auto and chunks"
+        )
 
 
 def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:

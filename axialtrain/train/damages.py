@@ -75,9 +75,10 @@ class Damages:
         if bool(keep.all()):
             return batch
         pixels = keep[:, None, None]
+        # In place: pixels of a gigapixel that wait on the host have no room for a copy.
+        batch.pixels[~keep.to(batch.pixels.device)] = 0.0
         return replace(
             batch,
-            pixels=torch.where(pixels[..., None].to(batch.pixels.device), batch.pixels, 0.0),
             labels=None if batch.labels is None else batch.labels.where(pixels, IGNORE),
             present=batch.present & pixels,
             valid=batch.valid & pixels,

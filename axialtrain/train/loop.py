@@ -185,8 +185,10 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
     samples: list[str] = []
     shown, fault = 0.0, None
     run.engine.train()
-    for index, batch in enumerate(batches, 1):
+    left = accumulation
+    for batch in batches:  # `enumerate` would keep one while the next is read
         batch = run.taken(batch)
+        left -= 1
         chance = Chance(run.config.seed, step, tuple(batch.samples.tolist()))
         output = run.engine(*run.task.inputs(batch), chance=chance)
         means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
@@ -195,7 +197,7 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
         real = batch.weight > 0
         seen += torch.stack([batch.present[real].sum(), batch.valid[real].sum()])
         samples += [name for name, counts in zip(batch.ids, real.tolist(), strict=True) if counts]
-        if index == accumulation:
+        if not left:
             # Before the last backward, while the step can still be left out: the engine drops a
             # gradient that is not finite, at every ZeRO stage. That of the output: the loss hides
             # what has no target.
@@ -204,6 +206,7 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
             if fault is not None:
                 loss = output.float().sum() * float("nan")
         run.engine.backward(loss)
+        del batch, output, means, loss  # before the next one is read
     norm = run.engine.step(lr)
     if fault is None and not math.isfinite(norm):
         fault = NONFINITE
@@ -225,6 +228,7 @@ def validate(run: Run) -> dict[str, float]:
         total += torch.stack([means.sum(), batch.weight.sum() / run.mesh.spatial.size]).double()
         for name, value in run.task.scores(output, batch).items():
             scores[name] = scores[name] + value if name in scores else value
+        del batch, output, means  # before the next one is read
     run.agree()
     total = sum_over(total, run.mesh.replicas)
     scores = {name: sum_over(value, run.mesh.replicas) for name, value in scores.items()}

@@ -1,6 +1,9 @@
 """What is read strip by strip, and rounded, is what is read at once, rounded."""
 
+import gc
+import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from loaded import loader_of, small_shards
 from axialtrain.data import strips
 from axialtrain.data.augment import AugmentConfig
 from axialtrain.data.config import DataConfig
+from axialtrain.data.damage import DamageConfig
 from axialtrain.grid import Rect
 
 
@@ -24,15 +28,23 @@ def test_strips_are_rows_of_blocks():
     assert next(strips.strips(Rect(0, 5000, 0, 10**6))) == Rect(0, 2048, 0, 10**6)
 
 
+@pytest.mark.parametrize("at", [(0, 0), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_batch_is_the_same(tmp_path, monkeypatch, dtype):
+def test_a_batch_is_the_same(tmp_path, monkeypatch, dtype, at):
     monkeypatch.setattr(strips, "STRIP", 1)
     monkeypatch.setattr(strips, "BLOCK", 24)  # tiles have 16 px
     url = small_shards(tmp_path, {"a": (90, 70), "b": (64, 100)})
+    shard = next(Path(url).glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"\xff\xda") + 20] ^= 1  # of a tile
+    shard.write_bytes(data)
     turned = {"vertical_flip": True, "horizontal_flip": True, "quarter_turns": True}
     augment = AugmentConfig(**turned, brightness=0.2, noise=0.1)
-    config = DataConfig(url, window=[80, 60], augment=augment)
-    whole, lean = loader_of(config), loader_of(config, lean=True, dtype=dtype)
+    damage = DamageConfig("mask", tiles=1000)
+    config = DataConfig(url, window=[80, 60], augment=augment, damage=damage)
+    options = {"mesh_shape": (2, 2), "at": at, "micro_batch": 2}
+    whole, lean = loader_of(config, **options), loader_of(config, lean=True, dtype=dtype, **options)
+    faults = []
     for want, got in zip(
         *([batch for step in one.steps(0, 3) for batch in step] for one in (whole, lean)),
         strict=True,
@@ -40,5 +52,30 @@ def test_a_batch_is_the_same(tmp_path, monkeypatch, dtype):
         assert got.pixels.dtype is dtype
         assert torch.equal(got.pixels, want.pixels.to(dtype))
         assert torch.equal(got.present, want.present)
-        assert got.ids == want.ids
+        assert torch.equal(got.valid, want.valid)
+        assert (got.ids, got.faults) == (want.ids, want.faults)
+        faults += [one for some in got.faults for one in some]
+    assert faults
     assert lean.bytes_read > whole.bytes_read
+
+
+def test_no_batch_is_left_while_the_next_one_is_read(tmp_path):
+    """Where none is read ahead, which is where memory is short."""
+    config = DataConfig(small_shards(tmp_path, {"a": (64, 64)}), window=[32, 32], prefetch=0)
+    loader = loader_of(config)
+    gone: list[weakref.ref[torch.Tensor]] = []
+    read = loader._load
+
+    def seen(slots):
+        gc.collect()
+        assert [one() for one in gone] == [None] * len(gone)
+        return read(slots)
+
+    loader._load = seen
+    for step in loader.steps(0, 2):
+        for batch in step:
+            gone.append(weakref.ref(batch.pixels))
+            del batch
+        gc.collect()  # as validation and saving find it
+        assert [one() for one in gone] == [None] * len(gone)
+    assert len(gone) == 8

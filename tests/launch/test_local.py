@@ -103,11 +103,12 @@ def test_ranks_meet():
     ids=["refuses", "crashes", "dies"],
 )
 def test_one_rank_that_fails_ends_all(capfd, fn, status, message):
+    before = multiprocessing.active_children()  # ranks of other tests
     started = time.monotonic()
     assert start(fn, (), 2) == status
     assert time.monotonic() - started < 30
     assert message in capfd.readouterr().err
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_a_rank_that_dies_in_a_step_is_named(capfd, tmp_path):
@@ -228,8 +229,10 @@ def test_a_signal_while_ranks_begin_means_start_me_again(fork):
 
 
 def test_a_signal_that_another_thread_gets_is_handed_on():
+    before = len(multiprocessing.active_children())  # ranks of other tests
+
     def told() -> None:
-        while len(multiprocessing.active_children()) < 2:
+        while len(multiprocessing.active_children()) < before + 2:
             time.sleep(0.1)
         time.sleep(1.0)  # the main thread waits for the ranks, in a system call
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)

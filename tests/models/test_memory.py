@@ -68,7 +68,7 @@ def held_by(model: AxialTransformer, side: int) -> int:
 
 @pytest.mark.parametrize(
     ("way", "depth", "once"),
-    [(Recompute(2, band=64), 4, 1), (Recompute(0, band=64), 2, 0)],
+    [(Recompute(2, band=64), 4, 1), (Recompute(0, band=64), 2, 0), (Recompute(0, band=32), 2, 0)],
     ids=str,
 )
 def test_a_step_in_bands_holds_what_is_counted(way, depth, once):
@@ -80,7 +80,8 @@ def test_a_step_in_bands_holds_what_is_counted(way, depth, once):
     model.recompute = way
     memory = step_memory(config, way, tokens=side**2, parameters=0, value_bytes=4)
     want = memory.device - memory.pixels - once * side**2 * dim * 4
-    assert 0.94 * want <= held_by(model, side) <= want
+    of_norm = 2 * dim * 4 + 64  # gradients of the last norm's weights, and a loss
+    assert 0.94 * want <= held_by(model, side) <= want + of_norm
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_what_waits_of_four_gigapixels_fits_the_host():
     assert config.data.prefetch == 0
     once = 4096**2 * 512 * 2
     assert (memory.kept, memory.host) == (once, 5 * once)
-    strip = STRIP * (3 + 1 + 3 * 4)  # as read, and in fp32
+    strip = STRIP * (3 + 1 + 3 * 4 + 4)  # as read, in fp32, and a band of that on the way
     assert 100 * GIB < memory.of_host + strip <= 120 * GIB
 
 
