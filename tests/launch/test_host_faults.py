@@ -14,7 +14,7 @@ from killed_runs import assert_bit_equal, finish, losses, saved_step
 
 STEPS = 24
 TIMEOUT = 12.0  # s, launcher.timeout: of a collective, and of a rank's silence
-BEATS = 2.5  # s, in which a rank tells where it stands, once at least, however busy the machine is
+BEATS = 6.0  # s, in which a rank tells where it stands, once at least, however busy the machine is
 # A host that is silent for 3 s is no longer waited for, nor, at 1:2 hosts, one that might yet come.
 SOON = "join_timeout=100,keep_alive_interval=1,last_call_timeout=2"
 
