@@ -10,6 +10,7 @@ import atexit
 import gc
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -105,12 +106,17 @@ def run_ranks(
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    imported = 0
     while True:
         try:
             fn, kwargs, rank, world_size, store = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        gc.freeze()  # what was imported until now stays, and is not searched for garbage each time
+        # What was imported stays, and need not be searched for garbage each time. No oftener: what
+        # a library still holds of the last test would stay for good.
+        if len(sys.modules) > imported:
+            gc.freeze()
+            imported = len(sys.modules)
         connection.send_bytes(pickle.dumps(_run(fn, kwargs, rank, world_size, store)))
 
 
