@@ -81,6 +81,15 @@ BAD = {
     "shift": (["data.augment.shift=9"], "data.augment.shift is 9, allowed is 0 where data.window"),
     "timeout": (["launcher.timeout=nan"], "launcher.timeout=nan: allowed are"),
     "device": (["launcher.device=tpu"], "launcher.device='tpu': allowed are"),
+    "kernel of another device": (
+        [
+            "launcher.device=cpu",
+            "model.axial_config.positions=relative",
+            "model.axial_config.span=8",
+            "model.axial_config.kernel=flex",
+        ],
+        "axial_config.kernel=flex: FlexAttention trains on cuda alone, and this run is on cpu",
+    ),
     "classes": (["task.classes=3"], "task.classes=3: data.shards="),
     "run folder": (["hydra.run.dir={finished}/note/run"], "note is not a folder that can be"),
     "finished run": (["hydra.run.dir={finished}"], "holds the checkpoints of a run"),
