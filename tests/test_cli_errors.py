@@ -84,6 +84,7 @@ BAD = {
     "kernel of another device": (
         [
             "launcher.device=cpu",
+            "model.heads=1",
             "model.axial_config.positions=relative",
             "model.axial_config.span=8",
             "model.axial_config.kernel=flex",
