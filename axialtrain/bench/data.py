@@ -190,8 +190,8 @@ class _Bare:
         self._tiles = []
         for entry in fetch_for(self._shards.head(self._name), rect).blocks:
             block = self._shards.block(self._name, entry)
-            for tile, _, _ in block.tiles(rect):
-                self._tiles.append(bytes(block.members[tile.member].data))
+            for _, _, member in block.tiles(rect):
+                self._tiles.append(bytes(block.member(member)))
         return len(self._tiles)
 
     def __call__(self, rect: Rect) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -28,29 +28,30 @@ from axialtrain.data.store import (
     BlockEntry,
     BlockIndex,
     Head,
-    Tile,
     block_key,
     count_classes,
+    tile_number,
 )
 from axialtrain.data.tar import is_file, parse_header, plain_file
 from axialtrain.grid import Rect
 
+TileDecoder = Callable[[memoryview], Raster]  # of a stored tile, [tile, tile, bands]
 
-class Member(NamedTuple):
-    """A file in the tar. offset: of its data in the shard."""
-
-    offset: int
-    data: memoryview
+_INDEX = "json"  # the member
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of an image. path: of its shard, for messages."""
+    """One block of an image: `entry` of its `head`. path: of its shard, for messages.
+
+    data: its bytes. members: where in them each starts and stops.
+    """
 
     head: Head
     path: str
-    index: BlockIndex
-    members: dict[str, Member]
+    entry: BlockEntry
+    data: memoryview
+    members: dict[str, tuple[int, int]]
     _rasters: dict[str, NDArray[Any]] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -61,98 +62,122 @@ class Block:
         """
         prefix = f"{block_key(head.name, head.level, entry.row, entry.col)}."
         sound = google_crc32c.value(data) == entry.crc32c
-        members = {}
-        for name, member in _tar_members(data, path, entry.offset, sound=sound):
-            if not name.startswith(prefix):
-                raise ValueError(
-                    f"{path}: byte {member.offset}: member {name!r} stands there, allowed are "
-                    f"members that start with {prefix!r}"
-                )
-            members[name.removeprefix(prefix)] = member
-        if "json" not in members:
-            raise ValueError(f"{path}: byte {entry.offset}: block has no member {prefix}json")
-        where = f"{path}: byte {members['json'].offset}: member {prefix}json"
-        index = BlockIndex.from_json(bytes(members["json"].data), head, entry.row, entry.col, where)
-        block = Block(head, path, index, members)
+        members = _members(data, prefix, path, entry.offset, sound=sound)
+        if _INDEX not in members:
+            raise ValueError(f"{path}: byte {entry.offset}: block has no member {prefix}{_INDEX}")
+        block = Block(head, path, entry, memoryview(data), members)
         if not sound:
             where = block._damaged() or f"{path}: byte {entry.offset}: block {prefix[:-1]}"
             raise ValueError(f"{where}: is damaged (its CRC-32C is not the stored one)")
         return block
 
-    def tiles(self, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
-        """(tile, its rectangle, what it, the image and `rect` have in common) where they meet."""
-        return tiles_in(self.head, self.index, rect)
+    @cached_property
+    def index(self) -> BlockIndex:
+        """What its JSON tells; ValueError as `parse` has it. Painting mostly does without: the
+        names of the members tell which tiles are stored."""
+        where, data = self._where(_INDEX), bytes(self.member(_INDEX))
+        return BlockIndex.from_json(data, self.head, self.entry.row, self.entry.col, where)
+
+    def member(self, name: str) -> memoryview:
+        start, stop = self.members[name]
+        return self.data[start:stop]
+
+    @property
+    def rect(self) -> Rect:
+        """Its pixels in the image."""
+        return self.head.block_rect(self.entry.row, self.entry.col)
+
+    def tiles(self, rect: Rect) -> Iterator[tuple[int, int, str]]:
+        """(row, col, member) of the stored tiles that `rect` meets, by rows."""
+        size, side, names = self.head.tile, self.head.block, self.head.tile_members
+        meet, members, empty = self.rect.intersect(rect), self.members, self.entry.empty
+        for row in range(meet.top // size, -(-meet.bottom // size)):
+            for col in range(meet.left // size, -(-meet.right // size)):
+                number = tile_number(row, col, side)
+                # What is neither stored nor empty is told by the index: older heads do not say
+                # what is empty. A tile that the index has, and the block has not, is damage.
+                if names[number] in members or (
+                    number not in empty and self._is_listed(names[number])
+                ):
+                    yield row, col, names[number]
+
+    def is_whole(self, rect: Rect, tiles: Sequence[tuple[int, int, str]]) -> bool:
+        """Whether all its pixels in `rect` are there; tiles: those that `rect` meets."""
+        size, meet = self.head.tile, self.rect.intersect(rect)
+        rows = -(-meet.bottom // size) - meet.top // size
+        cols = -(-meet.right // size) - meet.left // size
+        return self.mask is None and len(tiles) == rows * cols
 
     @property
     def mask(self) -> NDArray[np.bool_] | None:
         """Which of the block's pixels are there, [h, w]; None: all those of its tiles."""
-        if self.index.mask_crc32c is None:
+        if not self.head.masked or self.index.mask_crc32c is None:
             return None
-        return self._once(MASK, lambda data: decode_mask(data, self._rect))
+        return self._once(MASK, lambda data: decode_mask(data, self.rect))
 
     @property
     def labels(self) -> Pixels:
         """The block's label raster, uint8 [h, w]; only where the image has labels."""
-        return self._once(LABELS, lambda data: decode_labels(data, self.head, self._rect))
+        return self._once(LABELS, lambda data: decode_labels(data, self.head, self.rect))
 
     @property
     def instances(self) -> Instances:
         """The block's instance raster, uint16 [h, w]; only where the image has instances."""
-        return self._once(INSTANCES, lambda data: decode_numbers(data, self.head, self._rect))
+        return self._once(INSTANCES, lambda data: decode_numbers(data, self.head, self.rect))
 
     def _once(self, name: str, decoded: Callable[[bytes], NDArray[Any]]) -> NDArray[Any]:
         """The raster in the member `name`, decoded once. (functools.cached_property has one lock
         for all blocks before Python 3.12: threads would decode one after the other.)"""
         if name not in self._rasters:
-            self._rasters[name] = self._decoded(name, decoded)
+            self._rasters[name] = self._decoded(name, lambda data: decoded(bytes(data)))
         return self._rasters[name]
 
     def paint_pixels(
         self,
         pixels: Raster,
-        present: NDArray[np.bool_],
+        present: NDArray[np.bool_] | None,
         rect: Rect,
-        tiles: Sequence[tuple[Tile, Rect, Rect]],
+        tiles: Sequence[tuple[int, int, str]],
+        decode: TileDecoder,
         *,
-        covered: bool = False,
         damaged: list[Damage] | None = None,
     ) -> int:
-        """Decode `tiles`, those that `rect` meets, into `pixels` and `present`; how many there are.
+        """Decode `tiles`, which `rect` meets, into `pixels` and `present`; how many they were.
 
-        All of both is set where there is a tile, to 0 where a mask leaves something out. covered:
-        whether all of `present` is true already. damaged: where tiles that cannot be decoded are
-        noted, which count as missing; None: they are raised.
+        All of both is set where there is a tile, to 0 where a mask leaves something out. present:
+        None where `is_whole`, and it need not be told. damaged: where tiles that cannot be decoded
+        are noted, which count as missing, and not with None for present; None: they are raised.
         """
-        count = 0
-        decoder: Callable[[bytes], Raster] = partial(decode_tile, head=self.head)
-        if self.head.encoding == "jpg":
-            decoder = JpegTiles(self.head.tile, self.head.bands)
-        for tile, whole, part in tiles:
-            here = part.slices(rect)
+        count, meet = 0, self.rect.intersect(rect)
+        down = _cuts(meet.top, meet.bottom, rect.top, self.head.tile)
+        across = _cuts(meet.left, meet.right, rect.left, self.head.tile)
+        for row, col, member in tiles:
+            (y, of_y), (x, of_x) = down[row], across[col]
+            there: NDArray[np.bool_] | bool = True
             try:
-                decoded = self._decoded(tile.member, decoder)
-                there = self._present(part)
+                decoded = self._decoded(member, decode)
+                if self.head.masked and present is not None:
+                    part = Rect(y.start, y.stop, x.start, x.stop)
+                    there = self._present(part.shifted(rect.top, rect.left))
             except ValueError as error:
-                if damaged is None:
+                if damaged is None or present is None:
                     raise
-                name = self.head.name
-                damaged.append(Damage(name, "tile", tile.row, tile.col, 1, str(error)))
-                pixels[here], present[here] = 0, False
+                damaged.append(Damage(self.head.name, "tile", row, col, 1, str(error)))
+                pixels[y, x], present[y, x] = 0, False
                 continue
-            found = decoded if part is whole else decoded[part.slices(whole)]
+            if present is not None:
+                present[y, x] = there
             if isinstance(there, bool):
-                if not covered:
-                    present[here] = there
-                pixels[here] = found
+                pixels[y, x] = decoded[of_y, of_x]
             else:  # a copy under a mask takes ten times as long
-                present[here], pixels[here] = there, 0
-                np.copyto(pixels[here], found, where=there[..., None])
+                pixels[y, x] = 0
+                np.copyto(pixels[y, x], decoded[of_y, of_x], where=there[..., None])
             count += 1
         return count
 
     def paint_present(self, present: NDArray[np.bool_], rect: Rect) -> None:
         """Set `present` where `rect` meets a pixel; no tile is decoded for it."""
-        for _, _, part in self.tiles(rect):
+        for part in self._parts(rect):
             present[part.slices(rect)] = self._present(part)
 
     def paint_labels(self, labels: Pixels, rect: Rect) -> None:
@@ -165,66 +190,64 @@ class Block:
         if self.head.instances is not None:
             self._copy(self.instances, instances, rect)
 
-    @property
-    def _rect(self) -> Rect:
-        return self.head.block_rect(self.index.row, self.index.col)
-
     def _copy(self, raster: NDArray[Any], out: NDArray[Any], rect: Rect) -> None:
         """What `rect` meets of the block's `raster` into `out`, where there are pixels."""
-        for _, _, part in self.tiles(rect):
+        for part in self._parts(rect):
             np.copyto(
-                out[part.slices(rect)], raster[part.slices(self._rect)], where=self._present(part)
+                out[part.slices(rect)], raster[part.slices(self.rect)], where=self._present(part)
             )
+
+    def _parts(self, rect: Rect) -> Iterator[Rect]:
+        """What the stored tiles, the image and `rect` have in common."""
+        meet = self.rect.intersect(rect)
+        for row, col, _ in self.tiles(rect):
+            yield Rect(row, row + 1, col, col + 1).scaled(self.head.tile).intersect(meet)
 
     def _present(self, part: Rect) -> NDArray[np.bool_] | bool:
         """Which pixels of `part`, which lies in a stored tile, are there."""
-        return True if self.mask is None else self.mask[part.slices(self._rect)]
+        return True if self.mask is None else self.mask[part.slices(self.rect)]
+
+    def _is_listed(self, member: str) -> bool:
+        """Whether the index has the tile of that name."""
+        return any(tile.member == member for tile in self.index.tiles)
 
     def _damaged(self) -> str | None:
         """Where the first member is whose CRC-32C is not the one in the index."""
         stored = {tile.member: tile.crc32c for tile in self.index.tiles}
         stored |= self.index.rasters
-        for name, member in self.members.items():
-            if name in stored and google_crc32c.value(bytes(member.data)) != stored[name]:
+        for name in self.members:
+            if name in stored and google_crc32c.value(bytes(self.member(name))) != stored[name]:
                 return self._where(name)
         return None
 
-    def _decoded(self, name: str, decoder: Callable[[bytes], NDArray[Any]]) -> NDArray[Any]:
+    def _decoded(self, name: str, decoder: Callable[[memoryview], NDArray[Any]]) -> NDArray[Any]:
         """What the member `name` holds; where it proves wrong, the error says where it lies."""
-        if name not in self.members:
-            key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
-            raise ValueError(f"{self.path}: member {key}.{name} is missing from its block")
+        lies = self.members.get(name)
+        if lies is None:
+            raise ValueError(f"{self.path}: member {self._key}.{name} is missing from its block")
         try:
-            return decoder(bytes(self.members[name].data))
+            return decoder(self.data[lies[0] : lies[1]])
         except ValueError as error:
             raise ValueError(f"{self._where(name)}: {error}") from error
 
+    @property
+    def _key(self) -> str:
+        return block_key(self.head.name, self.head.level, self.entry.row, self.entry.col)
+
     def _where(self, name: str) -> str:
-        key = block_key(self.head.name, self.head.level, self.index.row, self.index.col)
-        return f"{self.path}: byte {self.members[name].offset}: member {key}.{name}"
+        at = self.entry.offset + self.members[name][0]
+        return f"{self.path}: byte {at}: member {self._key}.{name}"
 
 
-def tiles_in(head: Head, index: BlockIndex, rect: Rect) -> Iterator[tuple[Tile, Rect, Rect]]:
-    """(tile, its rectangle, what it, the image and `rect` have in common) where they meet.
-
-    A tile that lies in them has itself in common with them: the same object, so that it is known.
-    """
-    inside, size = rect.intersect(head.rect), head.tile
-    top, bottom = inside.top // size, -(-inside.bottom // size)
-    left, right = inside.left // size, -(-inside.right // size)
-    for tile in index.tiles:
-        if not (top <= tile.row < bottom and left <= tile.col < right):
-            continue
-        y, x = tile.row * size, tile.col * size
-        whole = part = Rect(y, y + size, x, x + size)
-        if (
-            y < inside.top
-            or x < inside.left
-            or whole.bottom > inside.bottom
-            or whole.right > inside.right
-        ):
-            part = whole.intersect(inside)
-        yield tile, whole, part
+def _cuts(start: int, stop: int, origin: int, size: int) -> dict[int, tuple[slice, slice]]:
+    """Of the tiles of `size` px that start..stop meets, by their number: where what they have in
+    common lies in an array that begins at `origin`, and where in the tile."""
+    found = {}
+    for number in range(start // size, -(-stop // size)):
+        at = number * size
+        low, high = max(at, start), min(at + size, stop)
+        found[number] = slice(low - origin, high - origin), slice(low - at, high - at)
+    return found
 
 
 def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> BlockIndex | None:
@@ -248,6 +271,13 @@ def index_at_end(data: bytes, head: Head, entry: BlockEntry, path: str) -> Block
             data[start : start + info.size], head, entry.row, entry.col, where
         )
     return None
+
+
+def tile_decoder(head: Head) -> TileDecoder:
+    """Decodes the tiles of an image, one after the other: what it gives may be the same memory."""
+    if head.encoding == "jpg":
+        return JpegTiles(head.tile, head.bands)
+    return lambda data: decode_tile(bytes(data), head)
 
 
 def decode_tile(data: bytes, head: Head) -> Raster:
@@ -287,14 +317,13 @@ def decode_numbers(data: bytes, head: Head, block: Rect) -> Instances:
     return raster
 
 
-def _tar_members(
-    data: bytes, path: str, offset: int, *, sound: bool
-) -> Iterator[tuple[str, Member]]:
-    """(name, member) of each file in `data`, which starts at byte `offset` of the shard.
-
-    sound: see `plain_file`.
-    """
-    view, end, at = memoryview(data), len(data), 0
+def _members(
+    data: bytes, prefix: str, path: str, offset: int, *, sound: bool
+) -> dict[str, tuple[int, int]]:
+    """Where in `data`, which starts at byte `offset` of the shard, each file starts and stops, by
+    its name behind `prefix`, which all have. sound: see `plain_file`."""
+    found: dict[str, tuple[int, int]] = {}
+    end, at = len(data), 0
     while at < end:
         plain = plain_file(data, at, sound=sound)
         at += TAR_RECORD
@@ -310,5 +339,11 @@ def _tar_members(
                 raise ValueError(
                     f"{path}: byte {offset + at}: member {name!r} is no file that ends in its block"
                 )
-        yield name, Member(offset + at, view[at : at + size])
+        if not name.startswith(prefix):
+            raise ValueError(
+                f"{path}: byte {offset + at}: member {name!r} stands there, allowed are members "
+                f"that start with {prefix!r}"
+            )
+        found[name[len(prefix) :]] = at, at + size
         at += -(-size // TAR_RECORD) * TAR_RECORD
+    return found

@@ -77,15 +77,24 @@ class JpegTiles:
         memory = np.empty(size + 32, np.uint8)
         start = (16 - memory.ctypes.data) % 32
         self._out = memory[start : start + size].reshape(self._shape)
-        self._into = partial(imagecodecs.jpeg8_decode, out=self._out if bands > 1 else None)
+        self._into: Callable[[Any], NDArray[Any]] = partial(
+            imagecodecs.jpeg8_decode, out=self._out if bands > 1 else None
+        )
         self._header: bytes | None = None  # of the last one, where no other scan can follow it
 
-    def __call__(self, data: bytes) -> Pixels:
+    def __call__(self, data: memoryview) -> Pixels:
         """As `decode` has it."""
-        if self._header is not None and data.startswith(self._header):
-            return _decoded(self._into, data, self._shape, _BYTES)
-        pixels = decode(data, self._shape, out=self._out)
-        header = _header(data)
+        header = self._header
+        # (A view is compared byte by byte, a copy of so little at once.)
+        if header is not None and bytes(data[: len(header)]) == header:
+            try:
+                pixels = self._into(data)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"cannot be decoded ({error})") from error
+            return pixels if pixels is self._out else pixels.reshape(self._shape)
+        copy = bytes(data)
+        pixels = decode(copy, self._shape, out=self._out)
+        header = _header(copy)
         self._header = header if _frame_in(header) == (self._shape, True) else None
         return pixels
 
@@ -102,8 +111,8 @@ def decode_instances(data: bytes, size: tuple[int, int]) -> Instances:
 
 
 def _decoded(
-    decoder: Callable[[bytes], NDArray[Any]],
-    data: bytes,
+    decoder: Callable[[Any], NDArray[Any]],
+    data: bytes | memoryview,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> NDArray[Any]:

@@ -16,11 +16,12 @@ class Fetch:
     """What is fetched for a rectangle of an image.
 
     blocks: those that it touches, in the shard's order. runs: [start, stop) in the shard, apart
-    and in order, which hold them.
+    and in order, which hold them. covered: whether all of it lies in `blocks`.
     """
 
     blocks: tuple[BlockEntry, ...]
     runs: tuple[tuple[int, int], ...]
+    covered: bool
 
     @property
     def bytes(self) -> int:
@@ -43,7 +44,8 @@ def fetch_for(head: Head, rect: Rect) -> Fetch:
         key=lambda entry: entry.offset,
     )
     runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries])
-    return Fetch(tuple(entries), tuple(runs))
+    covered = len(entries) == len(needed) and rect.intersect(head.rect) == rect
+    return Fetch(tuple(entries), tuple(runs), covered)
 
 
 def merge(ranges: list[tuple[int, int]], gap: int = GAP) -> list[tuple[int, int]]:

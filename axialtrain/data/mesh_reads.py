@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from axialtrain.data.block import tiles_in
 from axialtrain.data.checked import shown
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.region import Shards
+from axialtrain.data.store import BlockIndex, Head
 from axialtrain.grid import Place, Rect, tokens_across
 
 MAX_RANKS = 4096
@@ -133,11 +133,19 @@ def mesh_reads(
         tiles = needed = 0
         for entry in fetch.blocks:
             index = indexes[entry]
-            some = sum(1 for _ in tiles_in(head, index, rect))
+            some = _tiles_in(head, index, rect)
             tiles += some
             needed += entry.length * some // max(len(index.tiles), 1)
         ranks.append(RankReads(*place.at, rect, tiles, fetch.bytes, len(fetch.runs), needed))
     return MeshReads(shape, patch, sample, tuple(ranks))
+
+
+def _tiles_in(head: Head, index: BlockIndex, rect: Rect) -> int:
+    """How many of the tiles of a block `rect` meets, where the image is."""
+    inside, size = rect.intersect(head.rect), head.tile
+    rows = range(inside.top // size, -(-inside.bottom // size))
+    cols = range(inside.left // size, -(-inside.right // size))
+    return sum(1 for tile in index.tiles if tile.row in rows and tile.col in cols)
 
 
 def _imbalance(values: list[int]) -> float | None:

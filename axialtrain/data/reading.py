@@ -13,9 +13,10 @@ import asyncio
 import hashlib
 import logging
 import math
+import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ import fsspec
 import google_crc32c
 import numpy as np
 from fsspec.asyn import get_loop, sync
+from fsspec.implementations.local import LocalFileSystem
 
 from axialtrain.data.fetch import merge
 from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, place, status_of
@@ -149,11 +151,10 @@ class ByteSource:
         read; UnreachableError where they do not come.
         """
         if self.local:
-            starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
             with suppress(OSError):  # it is seen below what that was, and whether it has passed
-                found = self._fs.cat_ranges([path] * len(ranges), starts, stops, on_error="raise")
+                found = [bytes(self._fs.cat_file(path, start, stop)) for start, stop in ranges]
                 if all(len(f) == b - a for f, (a, b) in zip(found, ranges, strict=True)):
-                    return list(found)
+                    return found
         pieces = [
             [(at, min(at + PIECE, stop)) for at in range(start, stop, PIECE)]
             for start, stop in ranges
@@ -162,16 +163,36 @@ class ByteSource:
         parts = [[next(came) for _ in some] for some in pieces]
         return [part[0] if len(part) == 1 else b"".join(part) for part in parts]
 
-    def spans(self, path: str, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each of `spans`, which are in order and apart; near ones come together.
+    def spans(self, path: str, spans: Sequence[Span]) -> Iterator[bytes]:
+        """The bytes of each of `spans`, which are in order and apart.
 
-        Those of a network are looked for in the cache first. What is not right is fetched once
-        more, and is returned as it then comes. Errors as `fetch` has them.
+        Those of this machine are read one by one, when it is their turn: so they are still in the
+        processor's cache, and in memory that the one before has left, when they are decoded. Those
+        of a network come all before the first is given out, near ones together, and are looked for
+        in the cache first. What is not right is fetched once more, and is given out as it then
+        comes. Errors as `fetch` has them.
         """
-        if not spans:
-            return []
         if self.local:
-            return self._merged(path, spans)
+            yield from self._from_here(path, spans)
+        elif spans:
+            yield from self._from_afar(path, spans)
+
+    def _from_here(self, path: str, spans: Sequence[Span]) -> Iterator[bytes]:
+        with ExitStack() as stack:
+            file = None
+            if isinstance(self._fs, LocalFileSystem):
+                with suppress(OSError):
+                    file = stack.enter_context(open(path, "rb", buffering=0))
+            for span in spans:
+                data, size = b"", span.stop - span.start
+                if file is not None:
+                    with suppress(OSError):
+                        data = os.pread(file.fileno(), size, span.start)
+                if len(data) < size:  # it is seen there what that was, and whether it has passed
+                    (data,) = self.fetch(path, [(span.start, span.stop)])
+                yield data
+
+    def _from_afar(self, path: str, spans: Sequence[Span]) -> list[bytes]:
         names = self._names(path, spans)
         found = self._kept(path, names)
         came = self._fetched(path, [span for span in spans if span not in found])

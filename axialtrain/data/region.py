@@ -7,18 +7,19 @@ tiles that the rectangle meets, and only those decoded. Each block is checked by
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.block import Block, index_at_end
+from axialtrain.data.block import Block, TileDecoder, index_at_end, tile_decoder
 from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.damage import Damage
-from axialtrain.data.fetch import fetch_for
+from axialtrain.data.fetch import Fetch, fetch_for
 from axialtrain.data.kinds import Kind, Raster
 from axialtrain.data.passing import DeniedError, UnreachableError, without_secrets
 from axialtrain.data.reading import ByteSource, ReadConfig, Span
@@ -46,8 +47,10 @@ class Region:
     pixels: [h, w, bands] of the image's dtype, 0 where missing. labels: uint8 [h, w], 255 where
     missing or no target; None where the image has none. instances: uint16 [h, w], 0 where missing
     or none; None where the image has no raster of them. present: bool [h, w], false outside the
-    image, in tiles that its source leaves out, and in pixels that hold no data. bytes_read,
-    tiles_decoded: what it took. damaged: what was left out, as missing.
+    image, in tiles that its source leaves out, and in pixels that hold no data; where all of it is
+    true, that may be one value seen as many, which cannot be written to. bytes_read: what a network
+    has to give for it (files of this machine are read without what lies between blocks).
+    tiles_decoded: how many. damaged: what was left out, as missing.
     """
 
     pixels: Raster
@@ -208,7 +211,8 @@ class Shards:
         """
         rect = self._rect(name, y, x, height, width, level)
         present = np.zeros((height, width), np.bool_)
-        for block in self._blocks(self.head(name), rect)[0]:
+        head = self.head(name)
+        for block in self._blocks(head, fetch_for(head, rect)):
             block.paint_present(present, rect)
         return present
 
@@ -223,7 +227,7 @@ class Shards:
         if head.classes is None:
             raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
         labels = np.full((height, width), UNLABELLED, np.uint8)
-        for block in self._blocks(head, rect)[0]:
+        for block in self._blocks(head, fetch_for(head, rect)):
             block.paint_labels(labels, rect)
         return labels
 
@@ -238,7 +242,7 @@ class Shards:
         if head.instances is None:
             raise ValueError(f"image {name!r} has no instances: shard it with `instances=`")
         instances = np.zeros((height, width), np.uint16)
-        for block in self._blocks(head, rect)[0]:
+        for block in self._blocks(head, fetch_for(head, rect)):
             block.paint_instances(instances, rect)
         return instances
 
@@ -252,8 +256,8 @@ class Shards:
 
     def block(self, name: str, entry: BlockEntry) -> Block:
         """One block of the image `name`, checked. ValueError as `region` has it."""
-        path, span = self._path(name), Span(entry.offset, entry.offset + entry.length, entry.crc32c)
-        (data,) = self._source.spans(path, [span])
+        path = self._path(name)
+        (data,) = self._source.spans(path, _spans([entry]))
         return Block.parse(data, self.head(name), entry, without_secrets(path))
 
     def indexes(self, name: str, blocks: Sequence[BlockEntry]) -> list[BlockIndex]:
@@ -293,40 +297,45 @@ class Shards:
     def _region(self, name: str, rect: Rect, *, rasters: bool, spare: bool = False) -> Region:
         _check_rect(rect)
         damaged: list[Damage] | None = [] if spare else None
-        blocks, bytes_read = self._blocks_of(name, rect, damaged)
-        row = self.row(name)
-        return painted(row, rect, blocks, bytes_read, rasters=rasters, damaged=damaged)
-
-    def _blocks_of(
-        self, name: str, rect: Rect, damaged: list[Damage] | None
-    ) -> tuple[list[Block], int]:
-        """As `_blocks`, of the image `name`. What is damaged is noted in `damaged`, unless None."""
-        if damaged is None:
-            return self._blocks(self.head(name), rect)
         try:
             head = self.head(name)
         except ValueError as error:
+            if damaged is None:
+                raise
             damaged.append(Damage(name, "image", 0, 0, 0, str(error)))
-            return [], 0
-        try:
-            return self._blocks(head, rect)
-        except ValueError:
-            pass  # one by one, to know which
-        fetch, blocks = fetch_for(head, rect), []
-        for entry in fetch.blocks:
+            return painted(self.row(name), rect, [], rasters=rasters, damaged=damaged)
+        fetch = fetch_for(head, rect)
+        blocks = self._blocks(head, fetch, damaged)
+        covered = damaged is None and fetch.covered
+        region = painted(head, rect, blocks, covered=covered, rasters=rasters, damaged=damaged)
+        return replace(region, bytes_read=fetch.bytes)
+
+    def _blocks(
+        self, head: Head, fetch: Fetch, damaged: list[Damage] | None = None
+    ) -> Iterator[Block]:
+        """The blocks of `fetch`, one after the other.
+
+        damaged: where those that are damaged are noted, and left out; None: they are raised.
+        """
+        path = self._path(head.name)
+        stored, shown = self._source.spans(path, _spans(fetch.blocks)), without_secrets(path)
+        if damaged is None:
+            for entry, data in zip(fetch.blocks, stored, strict=True):
+                yield Block.parse(data, head, entry, shown)
+            return
+        left = deque(fetch.blocks)
+        with suppress(ValueError):
+            while left:
+                block = Block.parse(next(stored), head, left[0], shown)
+                left.popleft()
+                yield block
+        for entry in left:  # one by one, to know which
             try:
-                blocks.append(self.block(name, entry))
+                block = self.block(head.name, entry)
             except ValueError as error:
                 damaged.append(block_damage(head, entry, error))
-        return blocks, fetch.bytes
-
-    def _blocks(self, head: Head, rect: Rect) -> tuple[list[Block], int]:
-        """The blocks that `rect` touches, in the shard's order, and how many bytes were read."""
-        fetch, path = fetch_for(head, rect), self._path(head.name)
-        spans = [Span(e.offset, e.offset + e.length, e.crc32c) for e in fetch.blocks]
-        stored = zip(fetch.blocks, self._source.spans(path, spans), strict=True)
-        shown = without_secrets(path)
-        return [Block.parse(data, head, entry, shown) for entry, data in stored], fetch.bytes
+            else:
+                yield block
 
     def _rect(self, name: str, y: int, x: int, height: int, width: int, level: int) -> Rect:
         """The rectangle that is asked for, in px of the stored level."""
@@ -364,49 +373,61 @@ def _spared(block: Block, part: str, damaged: list[Damage] | None) -> Iterator[N
     except ValueError as error:
         if damaged is None:
             raise
-        index, name = block.index, block.head.name
-        damaged.append(Damage(name, part, index.row, index.col, 0, str(error)))
+        entry, name = block.entry, block.head.name
+        damaged.append(Damage(name, part, entry.row, entry.col, 0, str(error)))
 
 
 def painted(
     image: ImageRow | Head,
     rect: Rect,
-    blocks: Sequence[Block],
-    bytes_read: int,
+    blocks: Iterable[Block],
     *,
+    covered: bool = False,
     rasters: bool = True,
     damaged: list[Damage] | None = None,
 ) -> Region:
-    """`rect` of the image from the blocks that it touches; rasters: labels, instances, too.
+    """`rect` of the image from the blocks that it touches; bytes_read is left 0.
 
-    damaged: what is left out already, to which what cannot be decoded is added; None: it is raised.
+    covered: whether they cover all of it, so that zeros below them, and what is present, would
+    mostly be written for nothing. rasters: labels, instances, too. damaged: what is
+    left out already, to which what cannot be decoded is added; None: it is raised.
     """
     size = (rect.height, rect.width)
-    tiles = [list(block.tiles(rect)) for block in blocks]
-    # Where they cover all of it, zeros below them would be written for nothing.
-    covered = sum(part.area for some in tiles for _, _, part in some) == rect.area
     pixels = (np.empty if covered else np.zeros)((*size, image.bands), image.kind.numpy)
-    present = np.full(size, covered)
+    present = None if covered else np.zeros(size, np.bool_)
     labels = instances = None
     if rasters and image.classes is not None:
         labels = np.full(size, UNLABELLED, np.uint8)
     if rasters and image.instances is not None:
         instances = np.zeros(size, np.uint16)
     decoded = 0
-    for block, some in zip(blocks, tiles, strict=True):
-        decoded += block.paint_pixels(pixels, present, rect, some, covered=covered, damaged=damaged)
+    decode: TileDecoder | None = None
+    for block in blocks:
+        decode = decode or tile_decoder(block.head)
+        tiles = list(block.tiles(rect))
+        if covered and not block.is_whole(rect, tiles):
+            present = np.ones(size, np.bool_) if present is None else present
+            here = block.rect.intersect(rect).slices(rect)
+            pixels[here], present[here] = 0, False
+        decoded += block.paint_pixels(pixels, present, rect, tiles, decode, damaged=damaged)
         if labels is not None:
             with _spared(block, "labels", damaged):
                 block.paint_labels(labels, rect)
         if instances is not None:
             with _spared(block, "instances", damaged):
                 block.paint_instances(instances, rect)
+    if present is None:
+        present = np.broadcast_to(np.True_, size)
     if damaged:  # a tile's rasters lie elsewhere than its pixels, and may be whole
         if labels is not None:
             labels[~present] = UNLABELLED
         if instances is not None:
             instances[~present] = 0
-    return Region(pixels, labels, instances, present, bytes_read, decoded, tuple(damaged or ()))
+    return Region(pixels, labels, instances, present, 0, decoded, tuple(damaged or ()))
+
+
+def _spans(blocks: Sequence[BlockEntry]) -> list[Span]:
+    return [Span(entry.offset, entry.offset + entry.length, entry.crc32c) for entry in blocks]
 
 
 def block_damage(head: Head, entry: BlockEntry, error: ValueError) -> Damage:

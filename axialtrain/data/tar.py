@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import tarfile
 import zlib
 
 # Name, size, sum, type, magic and version, first byte of the prefix.
-_FIELDS = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x B 166x")
-_OCTAL = re.compile(rb"[0-7]{11}\0")
+_FIELDS = struct.Struct("100s 24x 11s c 12x 8s c 100x 8s 80x B 166x")
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -38,8 +36,8 @@ def plain_file(data: bytes, at: int = 0, *, sound: bool = False) -> tuple[str, i
     """
     if len(data) - at < _FIELDS.size:
         return None
-    name, size, sums, kind, magic, prefix = _FIELDS.unpack_from(data, at)
-    if magic != b"ustar\x0000" or kind != tarfile.REGTYPE or prefix:
+    name, size, end, sums, kind, magic, prefix = _FIELDS.unpack_from(data, at)
+    if magic != b"ustar\x0000" or kind != tarfile.REGTYPE or prefix or end != b"\0":
         return None
     if not sound:
         # The sum of its bytes, those of the sum itself taken as spaces. Adler-32 has it in its
@@ -48,9 +46,12 @@ def plain_file(data: bytes, at: int = 0, *, sound: bool = False) -> tuple[str, i
         if sums != b"%06o\0 " % (found - 1 - sum(sums) + 8 * ord(" ")):
             return None
     name = name.partition(b"\0")[0]
-    if not _OCTAL.fullmatch(size) or not name.isascii():
+    if not (size.isdigit() and name.isascii()):
         return None
-    return name.decode("ascii"), int(size[:-1], 8)
+    try:
+        return name.decode("ascii"), int(size, 8)
+    except ValueError:  # an 8 or a 9
+        return None
 
 
 def file_header(name: str, size: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class TileReader:
             if damaged is None:
                 raise
             damaged.append(Damage(name, "image", 0, 0, 0, str(error)))
-            return painted(self._shards.row(name), rect, [], 0, damaged=damaged)
+            return painted(self._shards.row(name), rect, [], damaged=damaged)
         side = head.block * head.tile
         key = (name, rect.top // side, rect.left // side)
         entry = head.block_at[key[1:]]
@@ -119,8 +119,8 @@ class TileReader:
             if damaged is None:
                 raise
             damaged.append(block_damage(head, entry, error))
-            return painted(head, rect, [], 0, damaged=damaged)
-        return painted(head, rect, [block], bytes_read, damaged=damaged)
+            return painted(head, rect, [], damaged=damaged)
+        return replace(painted(head, rect, [block], damaged=damaged), bytes_read=bytes_read)
 
     def _block(self, key: tuple[str, int, int], entry: BlockEntry) -> tuple[Block, int]:
         """The block, and how many bytes were read for it."""

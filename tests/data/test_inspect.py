@@ -218,6 +218,7 @@ def test_ranks_read_what_is_told(
 ) -> None:
     """As a run's reading.json has it: what the loader of each rank counts for the whole image."""
     url = request.getfixturevalue(fixture).url
+    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
     monkeypatch.setattr("axialtrain.data.fetch.merge.__defaults__", (4096,))
     fetched: list[list[tuple[int, int]]] = []
     fetch = ByteSource.fetch

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -16,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axialtrain.data import encode
+from axialtrain.data.block import Block
 from axialtrain.data.codec import encode_png
 from axialtrain.data.fetch import merge
+from axialtrain.data.kinds import Raster
 from axialtrain.data.readers import open_image
 from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
-from axialtrain.data.store import UNLABELLED
+from axialtrain.data.store import UNLABELLED, BlockIndex
 from axialtrain.grid import Rect
 
 if TYPE_CHECKING:
@@ -269,6 +272,7 @@ def test_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_heads_are_fetched_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
     shards = open_shards(source.url)
     fetched = []
     fetch = ByteSource.fetch
@@ -285,3 +289,75 @@ def test_heads_are_fetched_once(source: Source, monkeypatch: pytest.MonkeyPatch)
 def test_ranges_are_merged_over_small_gaps() -> None:
     assert merge([(0, 10), (10, 20), (25, 30), (100, 110)], gap=5) == [(0, 30), (100, 110)]
     assert merge([], gap=5) == []
+
+
+@pytest.fixture(scope="module")
+def holed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Raster]:
+    """Shards of one image, 'a', of 4 blocks of 128 px: one without a tile, one without two of its,
+    one with a mask, one whole; and its pixels, in which 7 is nodata."""
+    folder = tmp_path_factory.mktemp("holed")
+    pixels = np.random.default_rng(5).integers(8, 256, (200, 250, 3), np.uint8)
+    pixels[:128, :128] = 7
+    pixels[32:48, 160:192] = 7
+    pixels[140:150, 20:60] = 7
+    tifffile.imwrite(
+        folder / "a.tif", pixels, tile=(16, 16), photometric="rgb",
+        extratags=[(42113, "s", 0, "7", True)],  # GDAL's nodata value
+    )  # fmt: skip
+    shard_images([folder / "a.tif"], folder / "shards", progress=False)
+    return str(folder / "shards"), pixels
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "older"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), spare=st.booleans())
+def test_no_memory_is_left_as_it_was(
+    told: bool, data: st.DataObject, spare: bool, holed: tuple[str, Raster]
+) -> None:
+    """What lies between tiles is set to 0, whether or not the head says what is empty."""
+    shards, whole = open_shards(holed[0]), holed[1]
+    head = shards.head("a")
+    if not told:
+        blocks = tuple(replace(entry, empty=()) for entry in head.blocks)
+        shards._heads["a"] = replace(head, blocks=blocks)
+    top, left = data.draw(st.integers(0, 199)), data.draw(st.integers(0, 249))
+    bottom, right = data.draw(st.integers(top + 1, 200)), data.draw(st.integers(left + 1, 250))
+    rect = Rect(top, bottom, left, right)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "empty", lambda shape, dtype: np.full(shape, 77, dtype))
+        region = shards.region("a", rect, spare=spare)
+    part = whole[rect.top : rect.bottom, rect.left : rect.right]
+    there = (part != 7).any(-1)
+    np.testing.assert_array_equal(region.present, there)
+    np.testing.assert_array_equal(region.pixels, np.where(there[..., None], part, 0))
+
+
+def test_pixels_are_painted_without_the_index(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_shards(source.url)
+    monkeypatch.setattr(BlockIndex, "from_json", None)
+    np.testing.assert_array_equal(shards.read("wide", 0, 0, 200, 300), source.pixels["wide"])
+
+
+def test_blocks_are_read_when_it_is_their_turn(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what is decoded is still in the processor's cache."""
+    shards = open_shards(source.url)
+    seen: list[str] = []
+    paint, pread = Block.paint_pixels, os.pread
+    shards.head("wide")
+
+    def reading(*given: Any) -> bytes:
+        seen.append("read")
+        return pread(*given)
+
+    def painting(*given: Any, **more: Any) -> int:
+        seen.append("paint")
+        return paint(*given, **more)
+
+    monkeypatch.setattr(os, "pread", reading)
+    monkeypatch.setattr(Block, "paint_pixels", painting)
+    np.testing.assert_array_equal(shards.read("wide", 0, 0, 200, 300), source.pixels["wide"])
+    assert seen == ["read", "paint"] * len(shards.head("wide").blocks)

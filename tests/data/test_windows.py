@@ -187,6 +187,7 @@ def test_tissue_is_the_share_of_stored_tiles(
 
 def test_tissue_fetches_no_pixel(masked: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does any rank fetch or decode what is background: its tokens are invalid."""
+    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
     shards, there = open_shards(masked.url), stored(masked)
     head = shards.head("a")
     fetched: list[tuple[int, int]] = []
