@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from axialtrain.attention.config import AxialConfig
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.data.scene import ceiling, draw_scene
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from axialtrain.data.region import Region, Shards, open_shards
+    from axialtrain.data.painting import Region
+    from axialtrain.data.region import Shards, open_shards
 
 __all__ = ["Region", "Shards", "open_shards"]
 

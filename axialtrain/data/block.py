@@ -74,7 +74,7 @@ class Block:
     @cached_property
     def index(self) -> BlockIndex:
         """What its JSON tells; ValueError as `parse` has it. Painting mostly does without: the
-        names of the members tell which tiles are stored."""
+        names of the members tell what is stored."""
         where, data = self._where(_INDEX), bytes(self.member(_INDEX))
         return BlockIndex.from_json(data, self.head, self.entry.row, self.entry.col, where)
 
@@ -94,8 +94,8 @@ class Block:
         for row in range(meet.top // size, -(-meet.bottom // size)):
             for col in range(meet.left // size, -(-meet.right // size)):
                 number = tile_number(row, col, side)
-                # What is neither stored nor empty is told by the index: older heads do not say
-                # what is empty. A tile that the index has, and the block has not, is damage.
+                # What is neither a member nor empty, as the head has it, is told by the index:
+                # older heads do not say what is empty. What it lists then is missing.
                 if names[number] in members or (
                     number not in empty and self._is_listed(names[number])
                 ):
@@ -111,7 +111,7 @@ class Block:
     @property
     def mask(self) -> NDArray[np.bool_] | None:
         """Which of the block's pixels are there, [h, w]; None: all those of its tiles."""
-        if not self.head.masked or self.index.mask_crc32c is None:
+        if not self.head.masked or MASK not in self.members:
             return None
         return self._once(MASK, lambda data: decode_mask(data, self.rect))
 

@@ -28,10 +28,10 @@ class Fetch:
         return sum(stop - start for start, stop in self.runs)
 
 
-def fetch_for(head: Head, rect: Rect) -> Fetch:
+def fetch_for(head: Head, rect: Rect, *, gap: int = GAP) -> Fetch:
     """What is fetched for `rect`, in px of the image of `head`; it may reach outside.
 
-    Blocks without a tile are not.
+    Blocks without a tile are not. gap: bytes between two blocks that are fetched along with them.
     """
     side = head.block * head.tile
     needed = {(r, c) for r, c, _ in tiles_of(rect, head.height, head.width, side)}
@@ -43,7 +43,7 @@ def fetch_for(head: Head, rect: Rect) -> Fetch:
         ),
         key=lambda entry: entry.offset,
     )
-    runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries])
+    runs = merge([(entry.offset, entry.offset + entry.length) for entry in entries], gap)
     covered = len(entries) == len(needed) and rect.intersect(head.rect) == rect
     return Fetch(tuple(entries), tuple(runs), covered)
 

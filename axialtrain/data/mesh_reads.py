@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from axialtrain.data.checked import shown
-from axialtrain.data.fetch import fetch_for
 from axialtrain.data.region import Shards
 from axialtrain.data.store import BlockIndex, Head
 from axialtrain.grid import Place, Rect, tokens_across
@@ -124,12 +123,12 @@ def mesh_reads(
         for row in range(shape[0])
         for col in range(shape[1])
     ]
-    touched = fetch_for(head, sample).blocks
+    touched = shards.fetch(head, sample).blocks
     indexes = dict(zip(touched, shards.indexes(name, touched), strict=True))
     ranks = []
     for place in places:
         rect = place.pixels(patch, height, width).shifted(top, left)
-        fetch = fetch_for(head, rect)
+        fetch = shards.fetch(head, rect)
         tiles = needed = 0
         for entry in fetch.blocks:
             index = indexes[entry]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from axialtrain.data.kinds import Kind
 from axialtrain.data.order import Stream
+from axialtrain.data.painting import Region
 from axialtrain.data.reading import ReadConfig
-from axialtrain.data.region import Region, Shards, open_shards
+from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.sets import ShardSet, sets_of
 from axialtrain.data.store import Head, ImageRow
 from axialtrain.grid import Rect

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,21 +163,21 @@ class ByteSource:
         parts = [[next(came) for _ in some] for some in pieces]
         return [part[0] if len(part) == 1 else b"".join(part) for part in parts]
 
-    def spans(self, path: str, spans: Sequence[Span]) -> Iterator[bytes]:
-        """The bytes of each of `spans`, which are in order and apart.
+    def spans(self, path: str, spans: Sequence[Span]) -> Generator[bytes, None, None]:
+        """The bytes of each of `spans`, which are in order and apart; to be closed.
 
         Those of this machine are read one by one, when it is their turn: so they are still in the
         processor's cache, and in memory that the one before has left, when they are decoded. Those
         of a network come all before the first is given out, near ones together, and are looked for
-        in the cache first. What is not right is fetched once more, and is given out as it then
-        comes. Errors as `fetch` has them.
+        in the cache first; what of them is not right is fetched once more, and is given out as it
+        then comes. Errors as `fetch` has them.
         """
         if self.local:
             yield from self._from_here(path, spans)
         elif spans:
             yield from self._from_afar(path, spans)
 
-    def _from_here(self, path: str, spans: Sequence[Span]) -> Iterator[bytes]:
+    def _from_here(self, path: str, spans: Sequence[Span]) -> Generator[bytes, None, None]:
         with ExitStack() as stack:
             file = None
             if isinstance(self._fs, LocalFileSystem):

@@ -1,26 +1,28 @@
 """Any rectangle of any stored image, for the bytes of the blocks that it touches.
 
-rectangle -> blocks -> merged byte ranges, fetched through fsspec -> the tar members in them -> the
-tiles that the rectangle meets, and only those decoded. Each block is checked by its CRC-32C.
+rectangle -> blocks -> their bytes, merged ranges of them through fsspec where they are not on this
+machine -> the tar members in them -> the tiles that the rectangle meets, and only those decoded.
+Each block is checked by its CRC-32C.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.block import Block, TileDecoder, index_at_end, tile_decoder
+from axialtrain.data.block import Block, index_at_end
 from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.damage import Damage
 from axialtrain.data.fetch import Fetch, fetch_for
 from axialtrain.data.kinds import Kind, Raster
+from axialtrain.data.painting import Region, block_damage, painted
 from axialtrain.data.passing import DeniedError, UnreachableError, without_secrets
 from axialtrain.data.reading import ByteSource, ReadConfig, Span
 from axialtrain.data.store import (
@@ -38,28 +40,6 @@ from axialtrain.grid import Rect
 TAIL = 1 << 13  # bytes at the end of a block that hold its index, unless rasters lie behind it
 TAILS = 1 << 24  # bytes of them that are fetched at once
 HEADS = 256  # heads kept in memory; a large slide's takes about 1 MB
-
-
-@dataclass(frozen=True)
-class Region:
-    """A rectangle of an image.
-
-    pixels: [h, w, bands] of the image's dtype, 0 where missing. labels: uint8 [h, w], 255 where
-    missing or no target; None where the image has none. instances: uint16 [h, w], 0 where missing
-    or none; None where the image has no raster of them. present: bool [h, w], false outside the
-    image, in tiles that its source leaves out, and in pixels that hold no data; where all of it is
-    true, that may be one value seen as many, which cannot be written to. bytes_read: what a network
-    has to give for it (files of this machine are read without what lies between blocks).
-    tiles_decoded: how many. damaged: what was left out, as missing.
-    """
-
-    pixels: Raster
-    labels: Pixels | None
-    instances: Instances | None
-    present: NDArray[np.bool_]
-    bytes_read: int
-    tiles_decoded: int
-    damaged: tuple[Damage, ...] = ()
 
 
 def open_shards(url: str, read: ReadConfig | None = None) -> Shards:
@@ -212,8 +192,9 @@ class Shards:
         rect = self._rect(name, y, x, height, width, level)
         present = np.zeros((height, width), np.bool_)
         head = self.head(name)
-        for block in self._blocks(head, fetch_for(head, rect)):
-            block.paint_present(present, rect)
+        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+            for block in blocks:
+                block.paint_present(present, rect)
         return present
 
     def read_labels(
@@ -227,8 +208,9 @@ class Shards:
         if head.classes is None:
             raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
         labels = np.full((height, width), UNLABELLED, np.uint8)
-        for block in self._blocks(head, fetch_for(head, rect)):
-            block.paint_labels(labels, rect)
+        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+            for block in blocks:
+                block.paint_labels(labels, rect)
         return labels
 
     def read_instances(
@@ -242,8 +224,9 @@ class Shards:
         if head.instances is None:
             raise ValueError(f"image {name!r} has no instances: shard it with `instances=`")
         instances = np.zeros((height, width), np.uint16)
-        for block in self._blocks(head, fetch_for(head, rect)):
-            block.paint_instances(instances, rect)
+        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+            for block in blocks:
+                block.paint_instances(instances, rect)
         return instances
 
     def region(self, name: str, rect: Rect, *, spare: bool = False) -> Region:
@@ -253,6 +236,13 @@ class Shards:
         ValueError naming shard, offset and member.
         """
         return self._region(name, rect, rasters=True, spare=spare)
+
+    def fetch(self, head: Head, rect: Rect) -> Fetch:
+        """What is read for `rect` of the image of `head`; arithmetic, nothing is read.
+
+        Of this machine's files without what lies between blocks: it has no requests to be saved.
+        """
+        return fetch_for(head, rect, gap=0) if self._source.local else fetch_for(head, rect)
 
     def block(self, name: str, entry: BlockEntry) -> Block:
         """One block of the image `name`, checked. ValueError as `region` has it."""
@@ -304,31 +294,31 @@ class Shards:
                 raise
             damaged.append(Damage(name, "image", 0, 0, 0, str(error)))
             return painted(self.row(name), rect, [], rasters=rasters, damaged=damaged)
-        fetch = fetch_for(head, rect)
-        blocks = self._blocks(head, fetch, damaged)
+        fetch = self.fetch(head, rect)
         covered = damaged is None and fetch.covered
-        region = painted(head, rect, blocks, covered=covered, rasters=rasters, damaged=damaged)
+        with closing(self._blocks(head, fetch, damaged)) as blocks:
+            region = painted(head, rect, blocks, covered=covered, rasters=rasters, damaged=damaged)
         return replace(region, bytes_read=fetch.bytes)
 
     def _blocks(
         self, head: Head, fetch: Fetch, damaged: list[Damage] | None = None
-    ) -> Iterator[Block]:
-        """The blocks of `fetch`, one after the other.
+    ) -> Generator[Block, None, None]:
+        """The blocks of `fetch`, one after the other; to be closed.
 
         damaged: where those that are damaged are noted, and left out; None: they are raised.
         """
         path = self._path(head.name)
-        stored, shown = self._source.spans(path, _spans(fetch.blocks)), without_secrets(path)
-        if damaged is None:
-            for entry, data in zip(fetch.blocks, stored, strict=True):
-                yield Block.parse(data, head, entry, shown)
-            return
-        left = deque(fetch.blocks)
-        with suppress(ValueError):
-            while left:
-                block = Block.parse(next(stored), head, left[0], shown)
-                left.popleft()
-                yield block
+        shown, left = without_secrets(path), deque(fetch.blocks)
+        with closing(self._source.spans(path, _spans(fetch.blocks))) as stored:
+            if damaged is None:
+                for entry, data in zip(fetch.blocks, stored, strict=True):
+                    yield Block.parse(data, head, entry, shown)
+                return
+            with suppress(ValueError):
+                while left:
+                    block = Block.parse(next(stored), head, left[0], shown)
+                    left.popleft()
+                    yield block
         for entry in left:  # one by one, to know which
             try:
                 block = self.block(head.name, entry)
@@ -365,75 +355,8 @@ class Shards:
         return size
 
 
-@contextmanager
-def _spared(block: Block, part: str, damaged: list[Damage] | None) -> Iterator[None]:
-    """Note in `damaged`, unless it is None, that this raster of the block cannot be read."""
-    try:
-        yield
-    except ValueError as error:
-        if damaged is None:
-            raise
-        entry, name = block.entry, block.head.name
-        damaged.append(Damage(name, part, entry.row, entry.col, 0, str(error)))
-
-
-def painted(
-    image: ImageRow | Head,
-    rect: Rect,
-    blocks: Iterable[Block],
-    *,
-    covered: bool = False,
-    rasters: bool = True,
-    damaged: list[Damage] | None = None,
-) -> Region:
-    """`rect` of the image from the blocks that it touches; bytes_read is left 0.
-
-    covered: whether they cover all of it, so that zeros below them, and what is present, would
-    mostly be written for nothing. rasters: labels, instances, too. damaged: what is
-    left out already, to which what cannot be decoded is added; None: it is raised.
-    """
-    size = (rect.height, rect.width)
-    pixels = (np.empty if covered else np.zeros)((*size, image.bands), image.kind.numpy)
-    present = None if covered else np.zeros(size, np.bool_)
-    labels = instances = None
-    if rasters and image.classes is not None:
-        labels = np.full(size, UNLABELLED, np.uint8)
-    if rasters and image.instances is not None:
-        instances = np.zeros(size, np.uint16)
-    decoded = 0
-    decode: TileDecoder | None = None
-    for block in blocks:
-        decode = decode or tile_decoder(block.head)
-        tiles = list(block.tiles(rect))
-        if covered and not block.is_whole(rect, tiles):
-            present = np.ones(size, np.bool_) if present is None else present
-            here = block.rect.intersect(rect).slices(rect)
-            pixels[here], present[here] = 0, False
-        decoded += block.paint_pixels(pixels, present, rect, tiles, decode, damaged=damaged)
-        if labels is not None:
-            with _spared(block, "labels", damaged):
-                block.paint_labels(labels, rect)
-        if instances is not None:
-            with _spared(block, "instances", damaged):
-                block.paint_instances(instances, rect)
-    if present is None:
-        present = np.broadcast_to(np.True_, size)
-    if damaged:  # a tile's rasters lie elsewhere than its pixels, and may be whole
-        if labels is not None:
-            labels[~present] = UNLABELLED
-        if instances is not None:
-            instances[~present] = 0
-    return Region(pixels, labels, instances, present, 0, decoded, tuple(damaged or ()))
-
-
 def _spans(blocks: Sequence[BlockEntry]) -> list[Span]:
     return [Span(entry.offset, entry.offset + entry.length, entry.crc32c) for entry in blocks]
-
-
-def block_damage(head: Head, entry: BlockEntry, error: ValueError) -> Damage:
-    """All of a block, for what is wrong with it."""
-    stored = len(head.numbers_of(entry.row, entry.col)) - len(entry.empty)
-    return Damage(head.name, "block", entry.row, entry.col, stored, str(error))
 
 
 def _check_rect(rect: Rect) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from axialtrain.data.block import Block
 from axialtrain.data.damage import Damage
-from axialtrain.data.region import Region, Shards, block_damage, painted
+from axialtrain.data.painting import Region, block_damage, painted
+from axialtrain.data.region import Shards
 from axialtrain.data.store import BlockEntry, Head
 from axialtrain.grid import Rect
 

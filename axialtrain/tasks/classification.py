@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.deeplab import AxialDeepLab

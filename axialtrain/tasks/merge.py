@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.grid import Place, Rect
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.exchange import fetch

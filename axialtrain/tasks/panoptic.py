@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch
 from axialtrain.grid import Place, Rect
 from axialtrain.mesh.exchange import fetch
 from axialtrain.mesh.mesh import Mesh

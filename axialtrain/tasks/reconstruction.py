@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import MaskedReconstructor

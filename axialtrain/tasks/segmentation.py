@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.deeplab import AxialDeepLab, SemanticDeepLab
 from axialtrain.models.heads import Segmenter

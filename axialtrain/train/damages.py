@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 
 import torch
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.damage import Damage, DamageConfig
-from axialtrain.data.loader import Batch
 from axialtrain.mesh.collectives import gather_objects, max_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.tasks.segmentation import IGNORE

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from axialtrain.data.batch import Batch, moved
 from axialtrain.data.config import PerBand
-from axialtrain.data.loader import Batch, Loader, moved
+from axialtrain.data.loader import Loader
 from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from axialtrain.data.augment import AugmentConfig, draw
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch, Loader
+from axialtrain.data.loader import Loader
 from axialtrain.data.order import OrderState
-from axialtrain.data.region import Region, Shards, open_shards
+from axialtrain.data.painting import Region
+from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.turns import Turn
 from axialtrain.grid import Rect
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,12 +16,15 @@ from forged import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.checked import Record
 from axialtrain.data.config import DataConfig
 from axialtrain.data.damage import Damage, DamageConfig
-from axialtrain.data.loader import Batch, Loader
-from axialtrain.data.region import Region, open_shards
+from axialtrain.data.loader import Loader
+from axialtrain.data.painting import Region
+from axialtrain.data.region import open_shards
 from axialtrain.data.store import UNLABELLED
+from axialtrain.data.tile_reader import TileReader
 from axialtrain.grid import Rect
 
 if TYPE_CHECKING:
@@ -233,3 +236,46 @@ def test_a_line_is_read_as_it_was_written() -> None:
     for key, value in (("part", "half"), ("row", -1), ("what", 3), ("image", None)):
         with pytest.raises(ValueError, match=f"x: {key} is "):
             Damage.from_record(Record("x", {**damage.__dict__, key: value}))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_index_that_cannot_be_read(numbered: Source, copy: Path, older: bool) -> None:
+    """With every checksum right. It is asked where a head does not tell what is empty, and a tile
+    is no member: here, in older shards, the block's first."""
+
+    def without_empty(head: dict[str, Any]) -> None:
+        for entry in head["blocks"]:
+            entry.pop("empty", None)
+
+    def first_dropped(block: bytes) -> bytes:
+        size = int(block[124:135], 8)
+        return block[512 + -(-size // 512) * 512 :] if older else block
+
+    def broken(index: dict[str, Any]) -> None:
+        index["tiles"] = "x"
+
+    forge(copy, "wide", head=without_empty, block=first_dropped, index=broken)
+    whole = {"pixels": numbered.pixels["wide"], "labels": numbered.labels["wide"]}
+    region = spared(copy, "wide", WIDE)
+    if not older:
+        np.testing.assert_array_equal(region.pixels, whole["pixels"])
+        assert not region.damaged
+        return
+    assert {one.part for one in region.damaged} == {"block"}
+    assert len(region.damaged) == len(open_shards(str(copy)).head("wide").blocks)
+    assert not region.present.any()
+    assert not region.pixels.any()
+    assert (region.labels == UNLABELLED).all()
+    with pytest.raises(
+        ValueError, match=r"shard-00000\.tar: byte \d+: member wide.*json: tiles is"
+    ):
+        open_shards(str(copy)).region("wide", WIDE)
+    # What lies in stored tiles alone asks for none.
+    stored = Rect(16, 64, 16, 64)
+    region = spared(copy, "wide", stored)
+    assert not region.damaged
+    np.testing.assert_array_equal(region.pixels, whole["pixels"][16:64, 16:64])
+    reader = TileReader(open_shards(str(copy)), 2)
+    assert [one.part for one in reader.region("wide", Rect(0, 16, 0, 16), spare=True).damaged] == [
+        "block"
+    ]

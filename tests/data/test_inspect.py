@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from forged import forge
 from PIL import Image
+from watched import WAYS, watched
 
 from axialtrain.cli import main
 from axialtrain.data import facts as facts_module
@@ -22,7 +23,6 @@ from axialtrain.data.config import DataConfig
 from axialtrain.data.inspect import inspect
 from axialtrain.data.loader import Loader
 from axialtrain.data.mesh_reads import MAX_RANKS, mesh_of
-from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import Shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.speed import measure
@@ -207,6 +207,7 @@ def rank_loader(url: str, mesh: tuple[int, int], at: tuple[int, int], **config: 
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2), (2, 3), (3, 4)])
 @pytest.mark.parametrize(("fixture", "name"), [("numbered", "wide"), ("masked", "a")])
 def test_ranks_read_what_is_told(
@@ -215,31 +216,28 @@ def test_ranks_read_what_is_told(
     mesh: tuple[int, int],
     fixture: str,
     name: str,
+    way: str,
 ) -> None:
     """As a run's reading.json has it: what the loader of each rank counts for the whole image."""
     url = request.getfixturevalue(fixture).url
-    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
     monkeypatch.setattr("axialtrain.data.fetch.merge.__defaults__", (4096,))
-    fetched: list[list[tuple[int, int]]] = []
-    fetch = ByteSource.fetch
-
-    def counting(self: ByteSource, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        fetched.append(ranges)
-        return fetch(self, path, ranges)
-
+    monkeypatch.setattr("axialtrain.data.fetch.fetch_for.__kwdefaults__", {"gap": 4096})
+    fetched = watched(monkeypatch, way)
     reads = inspect(url, name, mesh=f"{mesh[0]}x{mesh[1]}").reads
     assert reads is not None
     places = list(itertools.product(range(mesh[0]), range(mesh[1])))
     assert [(rank.row, rank.col) for rank in reads.ranks] == places
-    monkeypatch.setattr(ByteSource, "fetch", counting)
     for rank, at in zip(reads.ranks, places, strict=True):
         loader = rank_loader(url, mesh, at)
         loader.shards.head(name)
         fetched.clear()
         next(loader.once())
         assert (rank.tiles, rank.bytes) == (loader.tiles_decoded, loader.bytes_read)
-        assert len(fetched) == (rank.ranges > 0)
-        assert sum(map(len, fetched)) == rank.ranges
+        ranges = list(itertools.chain(*fetched))
+        if way == "afar":
+            assert len(fetched) == (rank.ranges > 0)
+            assert len(ranges) == rank.ranges
+        assert sum(stop - start for start, stop in ranges) == rank.bytes
     rows, cols = open_shards(url).row(name).levels[0]
     covered = np.zeros((rows, cols), int)
     for rank in reads.ranks:

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded import loader_of
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch, Loader, Steps, default_workers
+from axialtrain.data.loader import Loader, Steps, default_workers
 from axialtrain.data.order import OrderState
-from axialtrain.data.region import Region, Shards
+from axialtrain.data.painting import Region
+from axialtrain.data.region import Shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED
 from axialtrain.grid import Layout, Rect

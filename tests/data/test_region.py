@@ -15,6 +15,7 @@ import tifffile
 from fsspec.registry import known_implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched import WAYS, watched
 
 from axialtrain.data import encode
 from axialtrain.data.block import Block
@@ -22,7 +23,6 @@ from axialtrain.data.codec import encode_png
 from axialtrain.data.fetch import merge
 from axialtrain.data.kinds import Raster
 from axialtrain.data.readers import open_image
-from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import UNLABELLED, BlockIndex
@@ -271,17 +271,10 @@ def test_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         open_shards(str(tmp_path))
 
 
-def test_heads_are_fetched_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_are_fetched_once(source: Source, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    fetched = watched(monkeypatch, way)
     shards = open_shards(source.url)
-    fetched = []
-    fetch = ByteSource.fetch
-
-    def counted(self: ByteSource, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        fetched.append(ranges)
-        return fetch(self, path, ranges)
-
-    monkeypatch.setattr(ByteSource, "fetch", counted)
     assert shards.head("wide") is shards.head("wide")
     assert len(fetched) == 1
 
@@ -361,3 +354,17 @@ def test_blocks_are_read_when_it_is_their_turn(
     monkeypatch.setattr(Block, "paint_pixels", painting)
     np.testing.assert_array_equal(shards.read("wide", 0, 0, 200, 300), source.pixels["wide"])
     assert seen == ["read", "paint"] * len(shards.head("wide").blocks)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_no_file_stays_open_for_an_error_that_is_kept(source: Source, spare: bool) -> None:
+    shards = open_shards(source.url)
+    shards.head("wide")
+    errors, before = [], len(os.listdir("/proc/self/fd"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "paint_pixels", None)
+        for _ in range(5):
+            with pytest.raises(TypeError) as error:
+                shards.region("wide", Rect(0, 200, 0, 300), spare=spare)
+            errors.append(error.value)
+    assert len(os.listdir("/proc/self/fd")) == before

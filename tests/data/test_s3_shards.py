@@ -12,8 +12,9 @@ import pytest
 import torch
 from s3_server import Server, s3_server
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch, Loader
+from axialtrain.data.loader import Loader
 from axialtrain.data.passing import UnreachableError
 from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import open_shards

@@ -51,6 +51,14 @@ def files(out: Path) -> dict[str, bytes]:
     }
 
 
+def assert_same(whole: Path, out: Path) -> None:
+    expected, found = files(whole), files(out)
+    assert expected.keys() == found.keys()
+    for name, data in expected.items():
+        if name != "summary.md":  # which names its folder
+            assert found[name] == data, name
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "axialtrain.cli", "shard", *map(str, arguments)]
 
@@ -72,32 +80,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
         try:
             while not (out / SCRATCH / "run.json").exists() and process.poll() is None:
                 time.sleep(0.01)
-            process.wait(timeout=rng.uniform(0.0, took) if killed < KILLS else 120)
+            process.wait(timeout=rng.uniform(0.0, took / 2) if killed < KILLS else 120)
         except subprocess.TimeoutExpired:
             process.kill()  # it alone: those that it started end by themselves
             process.wait()
             at_work = (out / SCRATCH / "run.json").exists()
-            if (out / "manifest.json").exists() and not at_work:  # all was done, but for its end
-                assert verify([str(out)], mode="deep").count == 0
-                shutil.rmtree(out)
-            else:
+            if not (out / "manifest.json").exists() or at_work:
                 killed += 1
                 working += at_work
-            resume = ["--resume"] if at_work else []
-            continue
-        assert process.stderr is not None
-        assert process.returncode == 0, process.stderr.read()
-        if killed == KILLS:
+                resume = ["--resume"] if at_work else []
+                continue
+            # All was done, but for the process's end.
+        else:
+            assert process.stderr is not None
+            assert process.returncode == 0, process.stderr.read()
+        assert_same(tmp_path / "whole", out)
+        if killed >= KILLS:
             break
         shutil.rmtree(out)  # it was faster than we
-        resume = []
+        killed, working, resume = 0, 0, []
     print(f"killed {killed} times, {working} of them at work")
     assert working >= KILLS - 1, "it ended before it could be killed"
-    whole = files(tmp_path / "whole")
-    assert whole.keys() == files(out).keys()
-    for name, data in whole.items():
-        if name != "summary.md":  # which names its folder
-            assert files(out)[name] == data, name
     assert verify([str(out)], mode="deep").count == 0
 
 

@@ -19,8 +19,9 @@ from zarrs import write_zarr
 
 from axialtrain.cli import main
 from axialtrain.data.kinds import Kind
+from axialtrain.data.painting import Region
 from axialtrain.data.readers import open_image, open_raster
-from axialtrain.data.region import Region, open_shards
+from axialtrain.data.region import open_shards
 from axialtrain.data.shard import shard_images
 from axialtrain.data.store import Head
 from axialtrain.grid import Rect

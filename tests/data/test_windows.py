@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaded import loader_of
+from watched import WAYS, watched
 
 from axialtrain.data.config import DataConfig
-from axialtrain.data.fetch import fetch_for
-from axialtrain.data.reading import ByteSource
 from axialtrain.data.region import open_shards
-from axialtrain.data.store import MANIFEST, ImageRow
+from axialtrain.data.store import ImageRow
 from axialtrain.data.streams import windows_of
 from axialtrain.data.windows import MAX_WINDOWS, CutConfig, Windows, cut_windows, tissue_shares
 from axialtrain.grid import Rect
@@ -185,26 +184,19 @@ def test_tissue_is_the_share_of_stored_tiles(
             windows_of(shards, config)
 
 
-def test_tissue_fetches_no_pixel(masked: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_tissue_fetches_no_pixel(masked: Source, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Nor does any rank fetch or decode what is background: its tokens are invalid."""
-    monkeypatch.setattr("axialtrain.data.reading._LOCAL", frozenset())  # as from afar
+    fetched = watched(monkeypatch, way)
     shards, there = open_shards(masked.url), stored(masked)
     head = shards.head("a")
-    fetched: list[tuple[int, int]] = []
-    fetch = ByteSource.fetch
-
-    def counted(self: ByteSource, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        if not path.endswith(MANIFEST):
-            fetched.extend(ranges)
-        return fetch(self, path, ranges)
-
-    monkeypatch.setattr(ByteSource, "fetch", counted)
+    fetched.clear()
     config = DataConfig(masked.url, window=[48, 48], mean=[0.5] * 2, std=0.25)
     config = replace(config, cut=CutConfig(stride=48, tissue=0.5))
     one = loader_of(config)
     first = shards.images[0]
     the_head = (first.head_offset, first.head_offset + first.head_length)
-    assert fetched == [the_head]
+    assert fetched == [[the_head]]
     every = loader_of(replace(config, cut=CutConfig()))
     assert 0 < len(one.windows) < len(every.windows)
 
@@ -222,15 +214,15 @@ def test_tissue_fetches_no_pixel(masked: Source, monkeypatch: pytest.MonkeyPatch
             # Tokens of 16 px, anywhere: those without a pixel in a stored tile are invalid.
             assert not batch.valid[0].numpy().reshape(-1)[~np.array(cells)].any()
             assert (batch.pixels[0].numpy()[: part.shape[0], : part.shape[1]][~part] == 0).all()
-            needed += fetch_for(head, rect).bytes
+            needed += shards.fetch(head, rect).bytes
             r, c = (
                 slice(rect.top // 16 * 16, rect.bottom, 16),
                 slice(rect.left // 16 * 16, rect.right, 16),
             )
             tiles += int(there[r, c].sum())
         assert rank.tiles_decoded == tiles
-        fetched = [one for one in fetched if one != the_head]
-        assert rank.bytes_read == needed == sum(stop - start for start, stop in fetched)
+        ranges = [one for some in fetched for one in some if one != the_head]
+        assert rank.bytes_read == needed == sum(stop - start for start, stop in ranges)
 
 
 def test_a_rank_of_background_reads_nothing(masked: Source) -> None:

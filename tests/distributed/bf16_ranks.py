@@ -12,7 +12,7 @@ from distributed.task_ranks import CLASSES, IMAGES, part_of, whole_images
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.mesh.exchange import fetch
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize, tensor_dims

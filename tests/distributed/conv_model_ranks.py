@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.mesh.parallelize import parallelize

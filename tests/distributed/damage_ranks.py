@@ -11,8 +11,8 @@ import torch.distributed as dist
 from distributed.task_ranks import part_of, whole_images
 from torch import Tensor
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.damage import Damage, DamageConfig
-from axialtrain.data.loader import Batch
 from axialtrain.data.order import OrderState
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.train.damages import Damages

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from distributed.task_ranks import ACCUMULATION, IMAGES, Case, Images, a_run
 from torch import Tensor
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.data.order import OrderState
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize

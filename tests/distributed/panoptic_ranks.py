@@ -11,7 +11,7 @@ import torch
 from distributed.task_ranks import IMAGES, Images, part_of, whole_images
 from torch import Tensor
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.grid import Rect
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.tasks.merge import MergeConfig

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from axialtrain.attention import lines
 from axialtrain.attention.config import AxialConfig
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch
 from axialtrain.grid import Place, tokens_across
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize

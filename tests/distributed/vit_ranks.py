@@ -20,8 +20,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
-from axialtrain.data.loader import Batch
 from axialtrain.grid import Place, tokens_across
 from axialtrain.mesh.mesh import Group, Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize, tensor_dims

@@ -28,7 +28,7 @@ from distributed.panoptic_ranks import (
 from distributed.task_ranks import IMAGES
 from torch import Tensor, nn
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.grid import Rect
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.tasks import instances

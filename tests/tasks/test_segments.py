@@ -8,7 +8,7 @@ import torch
 from distributed.panoptic_ranks import CLASSES, PATCH, THINGS, a_config, a_scene, an_output
 from distributed.task_ranks import IMAGES
 
-from axialtrain.data.loader import Batch
+from axialtrain.data.batch import Batch
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.tasks import merge
