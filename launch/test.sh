@@ -2,6 +2,7 @@
 # Lint, types, the rooms, the tests. Arguments go to pytest:
 #   ./launch/test.sh                  everything
 #   ./launch/test.sh -m 'not slow'    the quick part
+#   ./launch/test.sh -n 0 -x          in one process, to the first that fails
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/install.sh dev
@@ -13,4 +14,5 @@ echo "ruff"
 .venv/bin/ruff format --check .
 echo "mypy";  .venv/bin/mypy
 echo "rooms"; .venv/bin/lint-imports
-echo "tests"; .venv/bin/python -m pytest "$@"
+# Two processes, each of them whole files: while a test waits for what it has started, another runs.
+echo "tests"; .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

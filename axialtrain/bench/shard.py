@@ -34,13 +34,15 @@ WAYS: dict[str, list[str]] = {
     "encoded as JPEG": ["--no-statistics", "--passthrough", "never", "--encode", "jpeg"],
 }
 _CHILD = """
-import json, resource, sys, time
+import json, re, resource, sys, time
+from pathlib import Path
 from axialtrain.cli import main
 started = time.monotonic()
 status = main(sys.argv[2:])
 seconds = time.monotonic() - started
-who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-most = 1024 * max(resource.getrusage(each).ru_maxrss for each in who)
+# ru_maxrss of this process is also that of the one that started it, before it was this program.
+own = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+most = 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 json.dump({"status": status, "seconds": seconds, "bytes": most}, open(sys.argv[1], "w"))
 """
 

@@ -29,9 +29,10 @@ def test_all_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert record["goals"] == bench.GOALS
     assert list(record["reading"]) == ["scene.tif", "slide.tif"]
     for result in record["reading"].values():
-        for way in ("region", "bare", "openslide"):
+        for way in ("region", "bare", "reused", "openslide"):
             assert len(result["seconds"][way]) == len(result["cpu_seconds"][way]) == 2
-        for key, way in (("of_bare", "bare"), ("over_openslide", "openslide")):
+        ways = (("of_bare", "bare"), ("of_reused", "reused"), ("over_openslide", "openslide"))
+        for key, way in ways:
             ratios = np.divide(result["seconds"][way], result["seconds"]["region"])
             assert result[key]["wall"] == pytest.approx(np.median(ratios))
     assert record["reading"]["slide.tif"]["region"] == "525 x 437"

@@ -90,7 +90,8 @@ def run_ranks(
                 try:
                     answer, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    answer, value = "error", (time.monotonic(), "the process died")
+                    # It could not say when: nobody else's error came before it.
+                    answer, value = "error", (0.0, "the process died")
                 if answer == "error":
                     raised, text = value
                     failed.append((raised, f"rank {rank} of {world_size}:\n{text}"))

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import time
 
 import pytest
@@ -32,6 +33,13 @@ def threads_before_a_mesh() -> int:
     return found
 
 
+def fail_before_another_dies() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ZeroDivisionError("planted")
+
+
 def hang() -> None:
     time.sleep(60)
 
@@ -45,6 +53,12 @@ def test_the_failing_rank_is_named():
     with pytest.raises(RankError, match=r"rank 1 of 2:[\s\S]*ZeroDivisionError: planted"):
         run_ranks(fail_on_one, 2)
     assert run_ranks(total, 2, value=1) == [3, 3]
+
+
+def test_a_rank_that_dies_is_the_first():
+    """Others fail in its wake, and can say so before it is noticed."""
+    with pytest.raises(RankError, match="rank 1 of 2:\nthe process died"):
+        run_ranks(fail_before_another_dies, 2)
 
 
 def test_a_hung_rank_ends_the_test():
