@@ -91,6 +91,8 @@ class Block:
         """(row, col, member) of the stored tiles that `rect` meets, by rows."""
         size, side, names = self.head.tile, self.head.block, self.head.tile_members
         meet, members, empty = self.rect.intersect(rect), self.members, self.entry.empty
+        if not self._is_told:
+            _ = self.index  # damage of it must not depend on what of the block is asked for
         for row in range(meet.top // size, -(-meet.bottom // size)):
             for col in range(meet.left // size, -(-meet.right // size)):
                 number = tile_number(row, col, side)
@@ -206,6 +208,14 @@ class Block:
     def _present(self, part: Rect) -> NDArray[np.bool_] | bool:
         """Which pixels of `part`, which lies in a stored tile, are there."""
         return True if self.mask is None else self.mask[part.slices(self.rect)]
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the head and the members tell of each tile whether it is stored."""
+        rows, cols = self.head.tiles_of_block(self.entry.row, self.entry.col)
+        beside = sum(name in self.members for name in (_INDEX, LABELS, INSTANCES, MASK))
+        stored = len(self.members) - beside
+        return stored + len(self.entry.empty) == (rows[1] - rows[0]) * (cols[1] - cols[0])
 
     def _is_listed(self, member: str) -> bool:
         """Whether the index has the tile of that name."""

@@ -351,7 +351,7 @@ class Loader:
                 # a tile that two strips have a part of is damaged in both
                 faults[i] = tuple(dict.fromkeys((*faults[i], *region.damaged)))
                 here = (i, *strip.slices(mine))
-                present[here] = view.shown(region.present)
+                present[here] = True if region.whole else view.shown(region.present)
                 shown = view.shown(region.pixels)
                 values = self._colours(shown, present[here], slot.drawn, strip)
                 put(pixels, here, values)

@@ -36,6 +36,11 @@ class Region:
     tiles_decoded: int
     damaged: tuple[Damage, ...] = ()
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of `present` is known to be true, without writing it."""
+        return self._present is None
+
     @cached_property
     def present(self) -> NDArray[np.bool_]:
         """bool [h, w], false outside the image, in tiles that its source leaves out, and in pixels
@@ -85,7 +90,7 @@ def painted(
     for block in blocks:
         decode = decode or tile_decoder(block.head)
         try:
-            tiles = list(block.tiles(rect))
+            tiles, _ = list(block.tiles(rect)), block.mask
         except ValueError as error:
             if damaged is None:
                 raise

@@ -38,6 +38,7 @@ def test_all_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert record["reading"]["slide.tif"]["region"] == "525 x 437"
     assert len(record["waiting"]["waits"]) == 2
     assert 0 < record["waiting"]["share"] < 1
+    assert all(result["two_threads"] > 0 for result in record["reading"].values())
     assert "of bare decoding" in table
     assert "times OpenSlide" in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "slide.tif"]

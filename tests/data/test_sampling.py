@@ -261,6 +261,7 @@ def test_a_run_goes_on_by_the_same_sampling_alone(classed: str) -> None:
     weighted = loader_of(config_of(classed, by="weighted", weights=weights))
     state = OrderState.from_json(weighted.state(2).to_json())
     assert len(weighted.state(2).to_json()) < 250
+    assert len(plain.state(2).to_json()) < 150
     assert state == weighted.state(2)
     again = {"data_ranks": 3, "micro_batch": 2, "mesh_shape": (2, 1)}
     assert loader_of(config_of(classed, by="weighted", weights=weights), **again).resume(state) == 2

@@ -90,7 +90,7 @@ def run_ranks(
                 try:
                     answer, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    # It could not say when: nobody else's error came before it.
+                    # It could not say when; the others mostly fail in its wake.
                     answer, value = "error", (0.0, "the process died")
                 if answer == "error":
                     raised, text = value
@@ -101,7 +101,10 @@ def run_ranks(
                     results[rank] = value
         if failed:
             _workers.stop()
-            raise RankError(min(failed)[1])
+            # The first; after one that died, what the others said may be the cause of it.
+            first, *others = sorted(failed)
+            told = [text for _, text in (first, *(others if not first[0] else ()))]
+            raise RankError("\n".join(told))
     return [results[rank] for rank in range(world_size)]
 
 

@@ -14,6 +14,7 @@ from distributed.launcher import RankError, run_ranks
 
 from axialtrain.data.damage import Damage, DamageConfig
 from axialtrain.data.region import open_shards
+from axialtrain.data.shard import shard_images
 from axialtrain.mesh.mesh import MeshConfig
 
 MESH = MeshConfig(data=2, row=2)  # ranks 0, 1 share a batch, and 2, 3 another
@@ -194,3 +195,61 @@ def test_a_run_stops_on_all_ranks_and_says_why(axialtrain, damaged, tmp_path, ar
     assert "shard-00000.tar: byte " in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count(said) == 1 or not arguments
+
+
+def break_shard(fault, folder):
+    """What becomes of the shard of scene_0001, which is its alone."""
+    row = open_shards(str(folder)).row("scene_0001")
+    (block,) = open_shards(str(folder)).head("scene_0001").blocks[:1]
+    tar = folder / row.shard
+    if fault == "missing":
+        tar.unlink()
+    elif fault == "cut short":
+        tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    else:
+        data = bytearray(tar.read_bytes())
+        data[{"tar header": block.offset + 3, "head": row.head_offset + 10}[fault]] ^= 4
+        tar.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def apart(small_shards, tmp_path_factory):
+    """The two scenes, each in a shard of its own."""
+    scenes = small_shards.parent / "scenes"
+    names = [f"scene_{number:04d}" for number in range(2)]
+    folder = tmp_path_factory.mktemp("apart") / "shards"
+    shard_images(
+        [scenes / f"{name}.tif" for name in names],
+        folder,
+        labels=[scenes / f"{name}_labels.tif" for name in names],
+        shard_bytes=1,
+        progress=False,
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "policy", "part"),
+    [
+        ("missing", "skip_image", "image"),
+        ("cut short", "mask", "image"),
+        ("tar header", "skip_image", "block"),
+        ("head", "mask", "image"),
+    ],
+)
+def test_a_policy_holds_for_each_fault(axialtrain, apart, tmp_path, fault, policy, part):
+    folder = tmp_path / "shards"
+    shutil.copytree(apart, folder)
+    break_shard(fault, folder)
+    for mesh in ("single", "2x2"):
+        done = a_run(
+            axialtrain, folder, tmp_path / mesh, f"mesh={mesh}", f"data.damage.policy={policy}"
+        )
+        assert done.returncode == 0, done.stderr
+    (line,) = lines_of(tmp_path / "single")
+    assert (line["image"], line["part"]) == ("scene_0001", part)
+    assert lines_of(tmp_path / "2x2") == [line]
+    single, mesh = losses_of(tmp_path / "single"), losses_of(tmp_path / "2x2")
+    assert len(single) == 2
+    assert mesh == pytest.approx(single, rel=1e-5)
