@@ -74,8 +74,8 @@ def painted(
     """`rect` of the image from the blocks that it touches; bytes_read is left 0.
 
     covered: whether they cover all of it, so that zeros below them, and what is present, would
-    mostly be written for nothing. rasters: labels, instances, too. damaged: what is
-    left out already, to which what cannot be decoded is added; None: it is raised.
+    mostly be written for nothing; not with `damaged`. rasters: labels, instances, too. damaged:
+    what is left out already, to which what cannot be decoded is added; None: it is raised.
     """
     size = (rect.height, rect.width)
     pixels = (np.empty if covered else np.zeros)((*size, image.bands), image.kind.numpy)
@@ -107,9 +107,8 @@ def painted(
         if instances is not None:
             with _spared(block, "instances", damaged):
                 block.paint_instances(instances, rect)
-    if (
-        damaged and present is not None
-    ):  # a tile's rasters lie elsewhere than its pixels, and may be whole
+    if damaged and present is not None:
+        # A tile's rasters lie elsewhere than its pixels, and may be whole.
         if labels is not None:
             labels[~present] = UNLABELLED
         if instances is not None:
