@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from axialtrain.bench.record import new_file, write_json
 from axialtrain.bench.shard import DRAWN, write_scene
 from axialtrain.bench.timing import ratio
+from axialtrain.data.codec import memory_for
 from axialtrain.data.config import DataConfig
 from axialtrain.data.fetch import fetch_for
 from axialtrain.data.hilbert import hilbert_order
@@ -208,10 +209,7 @@ class _Bare:
         self._shards, self._name = shards, name
         self._tiles: list[bytes] = []
         head = shards.head(name)
-        size = head.tile * head.tile * head.bands
-        memory = np.empty(size + 32, np.uint8)
-        start = (16 - memory.ctypes.data) % 32  # where it is fastest: `codec.JpegTiles` says why
-        self._out = memory[start : start + size].reshape(head.tile, head.tile, head.bands)
+        self._out = memory_for(head.tile, head.bands)
 
     def prepare(self, rect: Rect) -> int:
         """Take the tiles of `rect` into memory; how many there are."""

@@ -79,6 +79,7 @@ class Block:
         return BlockIndex.from_json(data, self.head, self.entry.row, self.entry.col, where)
 
     def member(self, name: str) -> memoryview:
+        """The bytes of the member `name`; KeyError where the block has none."""
         start, stop = self.members[name]
         return self.data[start:stop]
 

@@ -62,20 +62,27 @@ def decode(
     return _decoded(lambda data: imagecodecs.jpeg8_decode(data, out=into), data, shape, _BYTES)
 
 
+def memory_for(tile: int, bands: int) -> Pixels:
+    """Memory for a tile to be decoded into, uint8 [tile, tile, bands].
+
+    It does not start at a multiple of 32 bytes: libjpeg-turbo writes rows that do past the cache
+    (non-temporal stores of AVX2), from where a copy has to fetch them.
+    """
+    size = tile * tile * bands
+    memory = np.empty(size + 32, np.uint8)
+    start = (16 - memory.ctypes.data) % 32
+    return memory[start : start + size].reshape(tile, tile, bands)
+
+
 class JpegTiles:
     """`decode` for tiles that are JPEGs alike, uint8 [tile, tile, bands], one after the other.
 
-    They are decoded into the same memory, from which each is copied before the next one comes. It
-    does not start at a multiple of 32 bytes: libjpeg-turbo writes rows that do past the cache
-    (non-temporal stores of AVX2), from where the copy has to fetch them.
+    They are decoded into the same memory, from which each is copied before the next one comes.
     """
 
     def __init__(self, tile: int, bands: int) -> None:
         self._shape = (tile, tile, bands)
-        size = tile * tile * bands
-        memory = np.empty(size + 32, np.uint8)
-        start = (16 - memory.ctypes.data) % 32
-        self._out = memory[start : start + size].reshape(self._shape)
+        self._out = memory_for(tile, bands)
         self._into: Callable[[Any], NDArray[Any]] = partial(
             imagecodecs.jpeg8_decode, out=self._out if bands > 1 else None
         )
@@ -86,6 +93,7 @@ class JpegTiles:
         header = self._header
         # (A view is compared byte by byte, a copy of so little at once.)
         if header is not None and bytes(data[: len(header)]) == header:
+            # `_decoded`, but for what this header promises: it is called for each tile.
             try:
                 pixels = self._into(data)
             except (RuntimeError, ValueError) as error:

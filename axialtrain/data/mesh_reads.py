@@ -123,12 +123,12 @@ def mesh_reads(
         for row in range(shape[0])
         for col in range(shape[1])
     ]
-    touched = shards.fetch(head, sample).blocks
+    touched = shards.fetch_for(head, sample).blocks
     indexes = dict(zip(touched, shards.indexes(name, touched), strict=True))
     ranks = []
     for place in places:
         rect = place.pixels(patch, height, width).shifted(top, left)
-        fetch = shards.fetch(head, rect)
+        fetch = shards.fetch_for(head, rect)
         tiles = needed = 0
         for entry in fetch.blocks:
             index = indexes[entry]

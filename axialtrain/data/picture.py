@@ -53,7 +53,7 @@ def write_picture(shards: Shards, name: str, rect: Rect, path: Path) -> Picture:
     most = MAX_PIXELS_BYTES // head.kind.pixel_bytes
     if rect.area > most:
         raise ValueError(f"{where} at most {most} px of {head.kind}; it has {rect.area}")
-    size = shards.fetch(head, rect).bytes
+    size = shards.fetch_for(head, rect).bytes
     if size > MAX_READ:
         raise ValueError(f"{where} what lies in at most {MAX_READ} bytes; it lies in {size}")
     if not path.absolute().parent.is_dir():

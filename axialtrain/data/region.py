@@ -192,7 +192,7 @@ class Shards:
         rect = self._rect(name, y, x, height, width, level)
         present = np.zeros((height, width), np.bool_)
         head = self.head(name)
-        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+        with closing(self._blocks(head, self.fetch_for(head, rect))) as blocks:
             for block in blocks:
                 block.paint_present(present, rect)
         return present
@@ -208,7 +208,7 @@ class Shards:
         if head.classes is None:
             raise ValueError(f"image {name!r} has no labels: shard it with `labels=`")
         labels = np.full((height, width), UNLABELLED, np.uint8)
-        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+        with closing(self._blocks(head, self.fetch_for(head, rect))) as blocks:
             for block in blocks:
                 block.paint_labels(labels, rect)
         return labels
@@ -224,7 +224,7 @@ class Shards:
         if head.instances is None:
             raise ValueError(f"image {name!r} has no instances: shard it with `instances=`")
         instances = np.zeros((height, width), np.uint16)
-        with closing(self._blocks(head, self.fetch(head, rect))) as blocks:
+        with closing(self._blocks(head, self.fetch_for(head, rect))) as blocks:
             for block in blocks:
                 block.paint_instances(instances, rect)
         return instances
@@ -237,7 +237,7 @@ class Shards:
         """
         return self._region(name, rect, rasters=True, spare=spare)
 
-    def fetch(self, head: Head, rect: Rect) -> Fetch:
+    def fetch_for(self, head: Head, rect: Rect) -> Fetch:
         """What is read for `rect` of the image of `head`; arithmetic, nothing is read.
 
         Of this machine's files without what lies between blocks: it has no requests to be saved.
@@ -294,7 +294,7 @@ class Shards:
                 raise
             damaged.append(Damage(name, "image", 0, 0, 0, str(error)))
             return painted(self.row(name), rect, [], rasters=rasters, damaged=damaged)
-        fetch = self.fetch(head, rect)
+        fetch = self.fetch_for(head, rect)
         covered = damaged is None and fetch.covered
         with closing(self._blocks(head, fetch, damaged)) as blocks:
             region = painted(head, rect, blocks, covered=covered, rasters=rasters, damaged=damaged)

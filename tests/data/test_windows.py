@@ -214,7 +214,7 @@ def test_tissue_fetches_no_pixel(masked: Source, monkeypatch: pytest.MonkeyPatch
             # Tokens of 16 px, anywhere: those without a pixel in a stored tile are invalid.
             assert not batch.valid[0].numpy().reshape(-1)[~np.array(cells)].any()
             assert (batch.pixels[0].numpy()[: part.shape[0], : part.shape[1]][~part] == 0).all()
-            needed += shards.fetch(head, rect).bytes
+            needed += shards.fetch_for(head, rect).bytes
             r, c = (
                 slice(rect.top // 16 * 16, rect.bottom, 16),
                 slice(rect.left // 16 * 16, rect.right, 16),

@@ -101,10 +101,11 @@ def run_ranks(
                     results[rank] = value
         if failed:
             _workers.stop()
-            # The first; after one that died, what the others said may be the cause of it.
-            first, *others = sorted(failed)
-            told = [text for _, text in (first, *(others if not first[0] else ()))]
-            raise RankError("\n".join(told))
+            failed.sort()
+            if failed[0][0] > 0.0:
+                raise RankError(failed[0][1])
+            # One died: what the others said may be the cause of it.
+            raise RankError("\n".join(text for _, text in failed))
     return [results[rank] for rank in range(world_size)]
 
 
