@@ -70,7 +70,10 @@ class Going:
         return True
 
     def wait(self) -> int:
-        return self.command.wait(TIMEOUT)
+        try:
+            return self.command.wait(TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"it did not end in {TIMEOUT:g} s:\n{self.said}") from error
 
 
 @contextmanager

@@ -9,10 +9,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
+
+from axialtrain.mesh.collectives import Transfer
 
 FAILURE = "failure"
 SHOWN = 8  # ranks that a message names
@@ -20,6 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Frames that every rank has, and that say nothing of where it stands.
 EVERYWHERE = (PACKAGE / "train/watch.py", PACKAGE / "train/beats.py", PACKAGE / "launch/local.py")
 COLLECTIVES = dist.distributed_c10d.__file__
+HANDLES_OF_ZERO = str(Path("deepspeed", "runtime", "zero", "partition_parameters.py"))
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def heard(store: Store, rank: int) -> Beat | None:
     return Beat(**json.loads(store.get(key))) if store.check([key]) else None
 
 
+def waits(code: CodeType) -> bool:
+    """Whether a rank that has `code` among its frames waits for others: in a collective of torch,
+    or for one that runs beside, where only the caller of its handle is Python: our transfers, and
+    what ZeRO 3 gathers (known by its name, as importing DeepSpeed takes seconds)."""
+    return (
+        code.co_filename == COLLECTIVES
+        or code is Transfer.received.__code__
+        or (code.co_name == "wait" and code.co_filename.endswith(HANDLES_OF_ZERO))
+    )
+
+
 def position(own_threads: Sequence[int]) -> tuple[str, bool]:
     """Where this process's main thread stands ("file:line in function", the innermost of our
     package), and whether a thread of it, other than `own_threads`, is in a collective: under CUDA
@@ -82,7 +96,7 @@ def position(own_threads: Sequence[int]) -> tuple[str, bool]:
     for thread, top in frames.items():
         now = None if thread in own_threads else top
         while now is not None:
-            collective |= now.f_code.co_filename == COLLECTIVES
+            collective |= waits(now.f_code)
             now = now.f_back
     innermost = frames[threading.main_thread().ident or 0]
     frame: FrameType | None = innermost

@@ -26,7 +26,6 @@ from types import TracebackType
 from torch.distributed import Store
 
 from axialtrain.train.beats import (
-    COLLECTIVES,
     FAILURE,
     Beat,
     at_fault,
@@ -34,6 +33,7 @@ from axialtrain.train.beats import (
     in_step,
     position,
     tell,
+    waits,
     watch_store,
 )
 from axialtrain.train.recorder import dump_collectives
@@ -116,14 +116,14 @@ class Watch:
             if self.folder is not None and not own:
                 _dump(self.folder, self.rank)
             said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            if own:
-                self._tell(f"rank {self.rank} on {self._host} failed {in_step(self.step)}: {said}")
-                return None
-            who = self.report()
+            here = f"rank {self.rank} on {self._host} failed {in_step(self.step)}: {said}"
+            who = here if own else self.report()
             self._asking = True
             self._tell(who)
             if self._store_is_deaf():
                 atexit.register(end_agent)  # when the message is out
+            if own:
+                return None
             if self._mine or self.failure is None:
                 return RankLostError(f"{who} (here, {in_step(self.step)}: {said})")
             return RankLostError(self.failure)
@@ -287,7 +287,7 @@ def from_collective(error: BaseException) -> bool:
         return False
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == COLLECTIVES:
+        if waits(trace.tb_frame.f_code):
             return True
         trace = trace.tb_next
     return False

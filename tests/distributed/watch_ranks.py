@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
+from axialtrain.mesh.collectives import begin_all_to_all
+from axialtrain.mesh.mesh import Group
 from axialtrain.train.recorder import record_collectives
 from axialtrain.train.signals import Interrupted, Signals
 from axialtrain.train.watch import Watch
@@ -46,17 +48,24 @@ FAULTS = {fn.__name__: fn for fn in (stop, die, fail, refuse, hang)}
 
 
 def small_run(
-    fault: str, victim: int, timeout: float, folder: str, alone: bool = False, steps: int = 500
+    fault: str,
+    victim: int,
+    timeout: float,
+    folder: str,
+    alone: bool = False,
+    steps: int = 500,
+    beside: bool = False,
 ) -> None:
     """Sums over all ranks, step by step; `victim` meets `fault` ("none": nobody does).
 
-    alone: from the step of the fault on, the others compute and wait for nobody. A signal ends
-    the run as one that saves would end.
+    alone: from the step of the fault on, the others compute and wait for nobody. beside: a message
+    to each rank, sent beside, comes first. A signal ends the run as one that saves would end.
     """
     torch.set_num_threads(1)
     record_collectives(Path(folder))
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     rank = dist.get_rank()
+    everybody = Group(dist.group.WORLD, rank, tuple(range(dist.get_world_size())))
     signals = Signals()
     watch = Watch(
         _get_default_store(), rank, dist.get_world_size(), timeout=timeout, folder=Path(folder)
@@ -71,6 +80,8 @@ def small_run(
                     FAULTS[fault]()
                 if alone:
                     time.sleep(60)
+            if beside:
+                begin_all_to_all(torch.zeros(2), [1, 1], [1, 1], everybody, beside=True).received()
             told = torch.tensor(float(signals.received is not None))
             dist.all_reduce(told)
             if told:

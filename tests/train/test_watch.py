@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.launcher import run_ranks
 from distributed.watch_ranks import apart, small_run, stopped_together
 
 from axialtrain.launch.local import start
-from axialtrain.train.beats import Beat, at_fault, in_step
+from axialtrain.mesh.collectives import Transfer
+from axialtrain.train.beats import Beat, at_fault, in_step, position
 from axialtrain.train.recorder import record_collectives
 from axialtrain.train.watch import LOST, end_agent, from_collective
 
@@ -87,6 +89,25 @@ def test_an_own_error_is_none_of_a_collective():
     assert not from_collective(ValueError("planted"))
 
 
+class Late:
+    """A collective under way that fails; where its rank stood meanwhile."""
+
+    def wait(self) -> None:
+        self.stood = position([])
+        raise RuntimeError("planted")
+
+
+def test_waiting_for_messages_sent_beside_is_waiting_in_a_collective():
+    late = Late()
+    with pytest.raises(RuntimeError, match="planted") as raised:
+        Transfer(torch.zeros(1), torch.zeros(1), late).received()
+    assert from_collective(raised.value)
+    where, collective = late.stood
+    assert where.startswith("axialtrain/mesh/collectives.py:")
+    assert collective
+    assert not position([])[1]
+
+
 def test_the_users_settings_of_the_recorder_win(monkeypatch, tmp_path):
     for name in (
         "TORCH_FR_BUFFER_SIZE",
@@ -146,8 +167,30 @@ def test_a_rank_that_hangs_is_named(capfd, tmp_path, fault, victim, alone, expec
     assert time.monotonic() - started < TIMEOUT + 20  # two imports of torch among them
     errors = capfd.readouterr().err
     assert errors.count(expected) == 1, errors
-    record = json.loads((tmp_path / f"rank-{1 - victim}.json").read_text())
-    assert record["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+    assert last_collective(tmp_path, 1 - victim) == "gloo:all_reduce"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("stop", f"rank 0: rank 1 on {HOST} is silent, last heard of in step 3, at "),
+        ("hang", f"rank 0: rank 1 on {HOST}, in step 3, at watch_ranks.py"),
+    ],
+    ids=["stopped", "hangs"],
+)
+def test_a_rank_that_hangs_is_named_by_one_that_waits_for_its_message(
+    capfd, tmp_path, fault, expected
+):
+    assert start(small_run, (fault, 1, TIMEOUT, str(tmp_path), False, 500, True), 2) == 1
+    errors = capfd.readouterr().err
+    assert errors.count(expected) == 1, errors
+    assert last_collective(tmp_path, 0) == "gloo:all_to_all"
+
+
+def last_collective(folder: Path, rank: int) -> str:
+    record = json.loads((folder / f"rank-{rank}.json").read_text())
+    return record["entries"][-1]["profiling_name"]
 
 
 @pytest.mark.slow
