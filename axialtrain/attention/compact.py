@@ -7,7 +7,7 @@ many they have, and a bucket is padded to its longest. A masked token is neither
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,16 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 class Side:
     """Where the tokens of one side, queries or keys, are in the buckets.
 
-    widths: slots of a line in each bucket. tokens, empty: of each slot, its token (in memory's
-    order), and which slots have none. slots, unused: of each token, its slot, and which have none.
+    widths, sizes: slots of a line in each bucket, and of all of its lines.
+    tokens: of each slot, its token (in memory's order), or 0 where it is `empty`.
+    slots: of each token, its slot; one past the last where it has none.
     """
 
     widths: list[int]
+    sizes: list[int]
     tokens: Tensor
     empty: Tensor
     slots: Tensor
-    unused: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,28 +97,22 @@ def _side(mask: Tensor, counts: Counts, lines: list[Counts], across: bool) -> Si
     images, number, length = mask.shape
     device, total = mask.device, mask.numel()
     widths = [int(counts[some].max()) for some in lines]
+    sizes = [some.size * width for some, width in zip(lines, widths, strict=True)]
+    size, filled = sum(sizes), sum(int(counts[some].sum()) for some in lines)
     starts = np.full_like(counts, -1)  # slot of the first token of each line that has one
-    filled = size = 0
-    for some, width in zip(lines, widths, strict=True):
-        starts[some] = size + width * np.arange(some.size)
-        size += width * some.size
-        filled += int(counts[some].sum())
+    for some, width, end in zip(lines, widths, np.cumsum(sizes), strict=True):
+        starts[some] = end + width * np.arange(-some.size, 0)
     first = torch.from_numpy(starts).to(device)[:, None]
     mask = mask.flatten(0, 1)
-    slots = torch.where(mask & (first >= 0), first + mask.cumsum(1) - 1, -1)
+    slots = torch.where(mask & (first >= 0), first + mask.cumsum(1) - 1, size)
     slots = slots.view(images, number, length)
-    of_token = (slots.transpose(1, 2) if across else slots).flatten()
+    slots = (slots.transpose(1, 2) if across else slots).flatten()
     # Tokens without a slot share one more, which is cut off: no size depends on the device.
-    of_slot = torch.full((size + 1,), -1, device=device)
-    of_slot[of_token.where(of_token >= 0, size)] = torch.arange(total, device=device)
-    return Side(
-        widths, *_or_zeros(of_slot[:size], size - filled), *_or_zeros(of_token, total - filled)
-    )
-
-
-def _or_zeros(index: Tensor, holes: int) -> tuple[Tensor, Tensor]:
-    """The index, and where it has its holes, of which there are so many."""
-    return index.clamp_min(0), (index < 0).nonzero_static(size=holes)[:, 0]
+    tokens = torch.full((size + 1,), -1, device=device)
+    tokens[slots] = torch.arange(total, device=device)
+    tokens = tokens[:size]
+    empty = (tokens < 0).nonzero_static(size=size - filled)[:, 0]
+    return Side(widths, sizes, tokens.clamp_min(0), empty, slots)
 
 
 def attend_compacted(
@@ -135,20 +130,11 @@ def attend_compacted(
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K]; prefix: keys and values [B, n, N, K].
     Returns [B, X, Lq, N, K].
     """
-    number = [len(some) for some in plan.images]
     buckets = []
     for x, side in ((q, plan.queries), (k, plan.keys), (v, plan.keys)):
-        flat = (x.transpose(1, 2) if across else x).flatten(0, 2)
-        packed = _Pick.apply(flat, side.tokens, side.empty, side.slots, side.unused)
-        sizes = [n * width for n, width in zip(number, side.widths, strict=True)]
-        # split, not slices: their gradients are joined once, not added up at full size.
-        parts = packed.split(sizes)
-        buckets.append(
-            [
-                part.unflatten(0, (n, width))
-                for part, n, width in zip(parts, number, side.widths, strict=True)
-            ]
-        )
+        packed = _Pack.apply((x.transpose(1, 2) if across else x).flatten(0, 2), side)
+        shapes = [(len(some), width) for some, width in zip(plan.images, side.widths, strict=True)]
+        buckets.append([x.unflatten(0, shape) for x, shape in zip(packed, shapes, strict=True)])
     out = []
     for image, mask, q1, k1, v1 in zip(plan.images, plan.masks, *buckets, strict=True):
         if prefix is not None:
@@ -159,32 +145,46 @@ def attend_compacted(
                 mask = F.pad(mask, (prefix[0].shape[1], 0), value=True)
         one = attention(q1[None], k1[None], v1[None], None if mask is None else mask[None])
         out.append(one[0].flatten(0, 1))
-    side = plan.queries
-    flat = _Pick.apply(torch.cat(out), side.slots, side.unused, side.tokens, side.empty)
+    flat = _Unpack.apply(plan.queries, *out)
     images, lines, length = q.shape[:3]
     if across:
         return flat.unflatten(0, (images, length, lines)).transpose(1, 2)
     return flat.unflatten(0, (images, lines, length))
 
 
-class _Pick(torch.autograd.Function):
-    """x[index], zeros at `holes`. As no entry is picked twice, the adjoint picks back likewise."""
+class _Pack(torch.autograd.Function):
+    """Tokens [T, ...] to the slots of each bucket, zeros in those that are empty."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, index: Tensor, holes: Tensor, back: Tensor, back_holes: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(back, back_holes)
-        return _picked(x, index, holes)
+    def forward(ctx: Any, tokens: Tensor, side: Side) -> tuple[Tensor, ...]:
+        ctx.side = side
+        return _packed(tokens, side)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        back, holes = ctx.saved_tensors
-        return _picked(grad, back, holes), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _unpacked(grads, ctx.side), None
 
 
-def _picked(x: Tensor, index: Tensor, holes: Tensor) -> Tensor:
-    if not len(x):  # no line has a key, but for those of a prefix
-        return x.new_zeros(len(index), *x.shape[1:])
-    return x.index_select(0, index).index_fill_(0, holes, 0.0)
+class _Unpack(torch.autograd.Function):
+    """The adjoint: what is in the slots of each bucket to tokens, zeros to those without one."""
+
+    @staticmethod
+    def forward(ctx: Any, side: Side, *slots: Tensor) -> Tensor:
+        ctx.side = side
+        return _unpacked(slots, side)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_packed(grad, ctx.side)
+
+
+def _packed(tokens: Tensor, side: Side) -> tuple[Tensor, ...]:
+    return tokens.index_select(0, side.tokens).index_fill_(0, side.empty, 0.0).split(side.sizes)
+
+
+def _unpacked(slots: Sequence[Tensor], side: Side) -> Tensor:
+    # A row of zeros for all tokens that have no slot: filling them in takes four times as long.
+    zeros = slots[0].new_zeros(1, *slots[0].shape[1:])
+    return torch.cat([*slots, zeros]).index_select(0, side.slots)
