@@ -18,8 +18,8 @@ import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import fsspec
 import google_crc32c
@@ -32,6 +32,7 @@ from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, p
 from axialtrain.data.range_cache import RangeCache, entry_name
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PIECE = 1 << 23  # bytes of one request: larger ranges are several, at once
 MOST_WAIT = 30.0  # s, and up to half as much again, before what failed is asked for again
@@ -272,7 +273,7 @@ class ByteSource:
         """`info` or `cat_file` of the file system, whose bounds have other places in each."""
         if self._fs.async_impl:
             return await getattr(self._fs, f"_{what}")(path, **bounds)
-        return await asyncio.to_thread(getattr(self._fs, what), path, **bounds)
+        return await _in_thread(partial(getattr(self._fs, what), path, **bounds))
 
     async def _all(self, path: str, pieces: list[tuple[int, int]]) -> list[bytes]:
         """`pieces` of the file, as many at once as may be; the first that fails ends the others."""
@@ -334,6 +335,28 @@ class ByteSource:
                 place(path, start, stop), tries, self._read.retries + 1, cause, wait,
             )  # fmt: skip
             await asyncio.sleep(wait)
+
+
+async def _in_thread(ask: Callable[[], T]) -> T:
+    """What `ask` gives, asked in a thread of its own, for which the end of the process does not
+    wait, as it does for those of asyncio: where no answer comes, it would wait for ever."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(what: Callable[[], None]) -> None:
+        if not answer.done():  # else nobody waits any more
+            what()
+
+    def asking() -> None:
+        try:
+            given = ask()
+        except Exception as error:
+            loop.call_soon_threadsafe(settle, partial(answer.set_exception, error))
+        else:
+            loop.call_soon_threadsafe(settle, partial(answer.set_result, given))
+
+    threading.Thread(target=asking, name="axialtrain-read", daemon=True).start()
+    return await answer
 
 
 def size_in(info: dict[str, Any], path: str) -> int | None:

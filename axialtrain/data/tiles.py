@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 from webdataset.compat import FluidInterface
 
 from axialtrain.data.order import MAX_SEED
+from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import open_shards
 from axialtrain.data.tile_order import MAX_MIX, TileOrder
 from axialtrain.data.tile_reader import StoredTiles, TileReader
@@ -42,7 +43,13 @@ class TileStream(webdataset.DataPipeline, FluidInterface):
 
 
 def tile_stream(
-    url: str, *, data_rank: int = 0, data_ranks: int = 1, seed: int = 0, shuffle: int = 8
+    url: str,
+    *,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+    seed: int = 0,
+    shuffle: int = 8,
+    read: ReadConfig | None = None,
 ) -> TileStream:
     """The tiles of the shards in the folder `url` as samples, those of one data rank.
 
@@ -56,8 +63,11 @@ def tile_stream(
     them in a row; 0 takes all as they are stored. That is one order for all ranks and workers, of
     which each takes an interval: all as many tiles, and all tiles of the shards, whatever the
     number of shards is. To come out even the first tiles are repeated at the end, fewer than there
-    are ranks x workers. Whatever hinders reading a block ends the pass with a ValueError that names
-    shard and byte; the heads of all images are fetched at once.
+    are ranks x workers.
+
+    read: how, over a network: tries, timeouts, a cache. A damaged block ends the pass with a
+    ValueError that names shard and byte, one that does not come with an UnreachableError; the heads
+    of all images are fetched at once.
     """
     if data_ranks < 1 or not 0 <= data_rank < data_ranks:
         raise ValueError(
@@ -65,16 +75,24 @@ def tile_stream(
         )
     if not 0 <= shuffle <= MAX_MIX:
         raise ValueError(f"shuffle is {shuffle}, allowed is 0 to {MAX_MIX} blocks")
-    return TileStream(_Tiles(url, data_rank, data_ranks, seed, shuffle))
+    return TileStream(_Tiles(url, data_rank, data_ranks, seed, shuffle, read))
 
 
 class _Tiles:
     """The first stage: the samples of one epoch. Shards are opened where it runs: file systems do
     not survive a fork."""
 
-    def __init__(self, url: str, data_rank: int, data_ranks: int, seed: int, mix: int) -> None:
-        shards = open_shards(url)
-        self.url, self.digest = url, shards.digest
+    def __init__(
+        self,
+        url: str,
+        data_rank: int,
+        data_ranks: int,
+        seed: int,
+        mix: int,
+        read: ReadConfig | None,
+    ) -> None:
+        shards = open_shards(url, read)
+        self.url, self.read, self.digest = url, read, shards.digest
         self.data_rank, self.data_ranks = data_rank, data_ranks
         self.seed, self.mix = seed, mix
         self.tiles = StoredTiles(shards)
@@ -85,7 +103,7 @@ class _Tiles:
         return -(-len(self.tiles) // (self.data_ranks * workers))
 
     def __call__(self) -> Iterator[Sample]:
-        shards = open_shards(self.url)
+        shards = open_shards(self.url, self.read)
         if shards.digest != self.digest:
             raise ValueError(f"{self.url}: has another manifest than when the stream was made")
         info = get_worker_info()

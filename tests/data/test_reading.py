@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -297,6 +299,45 @@ def test_a_mount_that_stumbles_is_asked_again(
     failing.extend([errno.EACCES] * 2)
     with pytest.raises(DeniedError, match=r"bytes \d+ to \d+: cannot be read \(PermissionError"):
         shards.read("small", 0, 0, 70, 50)
+
+
+STALLING = """
+import sys, time
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from axialtrain.data.passing import UnreachableError
+from axialtrain.data.reading import ReadConfig
+from axialtrain.data.region import open_shards
+
+class Stalling(LocalFileSystem):
+    protocol = "stalling"
+    def cat_file(self, path, start=None, end=None, **options):
+        if path.endswith(".tar"):
+            time.sleep(3600)
+        return super().cat_file(path, start, end, **options)
+
+fsspec.register_implementation("stalling", Stalling)
+shards = open_shards("stalling://" + sys.argv[1], ReadConfig(timeout=0.2, retries=1, backoff=0.0))
+try:
+    shards.read("small", 0, 0, 70, 50)
+except UnreachableError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_system_without_asyncio_that_stalls_hinders_no_process_from_ending(
+    source: Source,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STALLING, source.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in 2 tries (no whole answer within 0.2 s)" in done.stdout
 
 
 def answer(status: int) -> aiohttp.ClientResponseError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from range_server import serving
 from torch.utils.data import DataLoader
 
 from axialtrain.data.config import DataConfig
 from axialtrain.data.loader import Loader
+from axialtrain.data.passing import UnreachableError
+from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.data.sampling import SampleConfig
 from axialtrain.data.tile_order import TileOrder, TilesConfig
@@ -148,6 +153,24 @@ def test_tiles_that_are_not_stored_do_not_come(masked: Source) -> None:
     assert {(sample["row"], sample["col"]) for sample in found} == expected
     assert len(found) == len(expected) == len(StoredTiles(shards)) < 18 * 19
     assert sum(sample["present"].sum() for sample in found) == stored.sum()
+
+
+def test_a_server_that_fails_is_asked_again_as_told(source: Source, tmp_path: Path) -> None:
+    here = keys(iter(tile_stream(source.url, seed=3)))
+    asked = ReadConfig(retries=1, backoff=0.0, cache=str(tmp_path / "cache"))
+    with serving(source.url) as server:
+        stream = tile_stream(server.url, seed=3, read=asked)
+        server.once = {("GET", "tar"): [503]}
+        assert keys(iter(stream)) == here
+        blocks = {span for span in server.ranges() if span[1] - span[0] > 5000}  # heads are short
+        assert blocks
+        server.asked.clear()
+        assert keys(iter(stream)) == here
+        assert blocks.isdisjoint(server.ranges())  # they are in the cache
+        stream = tile_stream(server.url, seed=3, read=replace(asked, cache=None))
+        server.always = {("GET", "tar"): 503}
+        with pytest.raises(UnreachableError, match="not to be had in 2 tries"):
+            list(stream)
 
 
 def test_stages_of_webdataset_follow(source: Source) -> None:
