@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from axialtrain.data.block import decode_labels, decode_mask, decode_numbers, decode_tile
 from axialtrain.data.faults import MADE_SO, Faults
+from axialtrain.data.labelled import count_labels
 from axialtrain.data.store import (
     INSTANCES,
     LABELS,
@@ -109,6 +112,15 @@ def _check_empty(
         wrong[f"{number:02d}.{head.encoding}"] = "is neither stored nor empty in its image's head"
     for name, what in sorted(wrong.items()):
         faults.add(what, MADE_SO, offset=entry.offset, member=prefix + name, image=head.name)
+
+
+def _check_labelled(labels: NDArray[np.uint8], entry: BlockEntry, head: Head) -> None:
+    if entry.labelled is None:  # of before they were counted
+        return
+    block = (entry.row, entry.col)
+    stored = head.numbers_of(*block) - set(entry.empty)
+    if count_labels(labels, head, block, list(stored)) != entry.labelled:
+        raise ValueError("has other pixels of its classes than the head of its image tells")
 
 
 def _say_where(
@@ -224,6 +236,7 @@ def _check_member(
             if name == LABELS:
                 labels = decode_labels(data, head, rect)
                 largest.classes = max(largest.classes, count_classes(labels))
+                _check_labelled(labels, entry, head)
             elif name == INSTANCES:
                 numbers = decode_numbers(data, head, rect)
                 largest.instances = max(largest.instances, int(numbers.max()))

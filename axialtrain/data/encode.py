@@ -21,6 +21,7 @@ from axialtrain.data.codec import decode, encode_jpeg, encode_png, jpeg_shape
 from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.inputs import Input, open_stored
 from axialtrain.data.kinds import MAX_BANDS, Raster
+from axialtrain.data.labelled import count_labels
 from axialtrain.data.readers import Reader
 from axialtrain.data.readers.reader import Mask
 from axialtrain.data.statistics import Statistics, sampled
@@ -154,8 +155,13 @@ class _Writer:
                 tiles.append(Tile(r, c, member, google_crc32c.value(data)))
                 present_of[r, c] = present
         self.tiles += len(tiles)
-        for name, raster in self._rasters(rect).items():
+        rasters, labelled = self._rasters(rect), None
+        for name, raster in rasters.items():
             sample[name] = encode_png(raster)
+        if LABELS in rasters:
+            stored = [tile_number(tile.row, tile.col, head.block) for tile in tiles]
+            labels = rasters[LABELS].astype(np.uint8, copy=False)
+            labelled = count_labels(labels, head, (row, col), stored)
         if any(present is not None for present in present_of.values()):
             self.masked = True
             sample[MASK] = encode_png(_mask(rect, head.tile, present_of))
@@ -171,7 +177,8 @@ class _Writer:
         data = members(block_key(head.name, head.level, row, col), sample)
         offset = self._file.tell()
         self._file.write(data)
-        return BlockEntry(row, col, offset, len(data), google_crc32c.value(data), tuple(empty))
+        crc = google_crc32c.value(data)
+        return BlockEntry(row, col, offset, len(data), crc, tuple(empty), labelled)
 
     def _rasters(self, rect: Rect) -> dict[str, NDArray[np.uint8] | NDArray[np.uint16]]:
         found: dict[str, NDArray[np.uint8] | NDArray[np.uint16]] = {}

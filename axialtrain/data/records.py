@@ -27,6 +27,7 @@ _LATER: dict[str, object] = {
     "transform": None,
     "statistics": None,
     "empty": (),
+    "labelled": None,
 }
 
 

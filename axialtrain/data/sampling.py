@@ -22,6 +22,7 @@ from axialtrain.data.order import Order, words
 
 UNIFORM, BALANCED, WEIGHTED = BY = ("uniform", "balanced", "weighted")
 WINDOW, IMAGE = PER = ("window", "image")
+IMAGES, LABELS = CLASSES = ("images", "labels")
 TISSUE = "tissue"
 _OFFSET, _DRAWN, _SHUFFLED = 1, 2, 3  # uses of an epoch's words; the permutation has 0
 _WORD = 2.0**64
@@ -32,8 +33,9 @@ _MOST = 1e12  # of a weight: sums of ten million stay exact enough to draw by
 class SampleConfig:
     """The `data.sample` group: how often each window is taken.
 
-    by: "uniform", all alike; "balanced", each class of images as often as any other; "weighted", as
-        `weights` says.
+    by: "uniform", all alike; "balanced", each class as often as any other; "weighted", as `weights`
+        says.
+    classes: of "balanced": those of whole "images", or of pixels in their "labels" (`labelled`).
     weights: a table (CSV with the columns image and weight) or a mapping, with a weight from 0 for
         each image by its name; or "tissue": the share of a window that is stored.
     per: what has the weight, each "window", so that an image with more of them is seen more often,
@@ -44,17 +46,23 @@ class SampleConfig:
     """
 
     by: str = UNIFORM
+    classes: str = IMAGES
     weights: Any = None
     per: str = WINDOW
     replacement: bool | None = None
 
     def __post_init__(self) -> None:
-        for key, allowed in (("by", BY), ("per", PER)):
+        for key, allowed in (("by", BY), ("classes", CLASSES), ("per", PER)):
             if getattr(self, key) not in allowed:
                 raise ValueError(
                     f"data.sample.{key} is {shown(getattr(self, key))}, allowed is "
                     f"{', '.join(allowed)}"
                 )
+        if self.classes != IMAGES and self.by != BALANCED:
+            raise ValueError(
+                f"data.sample.classes is {self.classes} with data.sample.by={self.by}, allowed is "
+                f"{IMAGES} unless it is {BALANCED}"
+            )
         if (self.weights is not None) != (self.by == WEIGHTED):
             raise ValueError(
                 f"data.sample.weights is {shown(self.weights)} with data.sample.by={self.by}, "
@@ -70,6 +78,11 @@ class SampleConfig:
     def plain(self) -> bool:
         """Whether each window is taken once an epoch."""
         return self.by == UNIFORM and self.per == WINDOW and not self.replacement
+
+    @property
+    def by_labels(self) -> bool:
+        """Whether classes of pixels are balanced."""
+        return self.by == BALANCED and self.classes == LABELS
 
     @property
     def drawn(self) -> bool:
@@ -147,7 +160,7 @@ def classes_of(images: Sequence[ImageRow]) -> NDArray[np.int64]:
         if row.label is None:
             raise ValueError(
                 f"data.sample.by is {BALANCED}, but image {row.name!r} has no class: shard the "
-                "images with --image-labels"
+                f"images with --image-labels, or set data.sample.classes={LABELS}"
             )
     return np.array([row.label for row in images], np.int64)
 

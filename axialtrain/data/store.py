@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axialtrain.data.checked import Record
+from axialtrain.data.entry import CRC_MAX, BlockEntry, entry_of
 from axialtrain.data.georeference import georeference_of
 from axialtrain.data.kinds import MAX_TILE_PIXELS_BYTES, Kind
 from axialtrain.data.manifest import (  # noqa: F401 (they are part of the format)
@@ -74,7 +75,6 @@ MAX_MANIFEST_BYTES = 1 << 30
 
 ENCODINGS = ("jpg", "png", "tif")
 _ENCODING = re.compile("|".join(ENCODINGS))
-_CRC_MAX = 0xFFFFFFFF
 
 
 def max_tile_bytes(tile: int, kind: Kind = Kind()) -> int:  # noqa: B008 (it is frozen)
@@ -154,10 +154,10 @@ class BlockIndex:
             tiles[tile.row, tile.col] = tile
         labels = instances = None
         if head.classes is not None:
-            labels = record.integer("labels_crc32c", 0, _CRC_MAX)
+            labels = record.integer("labels_crc32c", 0, CRC_MAX)
         if head.instances is not None:
-            instances = record.integer("instances_crc32c", 0, _CRC_MAX)
-        mask = absent_or(record, "mask_crc32c", _CRC_MAX) if head.masked else None
+            instances = record.integer("instances_crc32c", 0, CRC_MAX)
+        mask = absent_or(record, "mask_crc32c", CRC_MAX) if head.masked else None
         return BlockIndex(row, col, tuple(tiles.values()), labels, instances, mask)
 
 
@@ -174,7 +174,7 @@ def _tile(
             type(r) is type(c) is type(crc) is int  # no bool
             and rows[0] <= r < rows[1]
             and cols[0] <= c < cols[1]
-            and 0 <= crc <= _CRC_MAX
+            and 0 <= crc <= CRC_MAX
             and item.get("member") == (member := tile_member(r, c, head.encoding, head.block))
         ):
             return Tile(r, c, member, crc)
@@ -183,23 +183,7 @@ def _tile(
     member = tile_member(r, c, head.encoding, head.block)
     if record.values.get("member") != member:
         raise record.wrong("member", f"{member!r} for this tile")
-    return Tile(r, c, member, record.integer("crc32c", 0, _CRC_MAX))
-
-
-@dataclass(frozen=True, slots=True)
-class BlockEntry:
-    """Where a block lies in its shard: bytes [offset, offset + length), headers included.
-
-    empty: numbers, in the block, of the tiles of the image that are not stored; in shards of before
-    they were recorded, of none.
-    """
-
-    row: int
-    col: int
-    offset: int
-    length: int
-    crc32c: int
-    empty: tuple[int, ...] = ()
+    return Tile(r, c, member, record.integer("crc32c", 0, CRC_MAX))
 
 
 @dataclass(frozen=True)
@@ -329,7 +313,7 @@ class Head:
         most = min(most, shard_bytes)
         blocks: dict[tuple[int, int], BlockEntry] = {}
         for item in record.records("blocks", rows * cols):
-            entry = _block_entry(item, (rows, cols), most, shard_bytes, block)
+            entry = entry_of(item, (rows, cols), most, shard_bytes, block)
             blocks[entry.row, entry.col] = entry
         if len(blocks) != rows * cols:
             raise ValueError(
@@ -356,7 +340,7 @@ class Head:
             blocks=tuple(blocks.values()),
             label=row.label,
             instances=row.instances,
-            thumbnail_crc32c=absent_or(record, "thumbnail_crc32c", _CRC_MAX),
+            thumbnail_crc32c=absent_or(record, "thumbnail_crc32c", CRC_MAX),
             bands=row.bands,
             dtype=row.dtype,
             masked=masked,
@@ -371,30 +355,6 @@ class Head:
                     "are tiles of the image"
                 )
         return head
-
-
-def _block_entry(
-    item: Record, grid: tuple[int, int], most: int, shard_bytes: int, block: int
-) -> BlockEntry:
-    length = item.integer("length", TAR_RECORD, most)
-    return BlockEntry(
-        row=item.integer("row", 0, grid[0] - 1),
-        col=item.integer("col", 0, grid[1] - 1),
-        offset=item.integer("offset", 0, shard_bytes - length),
-        length=length,
-        crc32c=item.integer("crc32c", 0, _CRC_MAX),
-        empty=_empty(item, block * block) if "empty" in item.values else (),
-    )
-
-
-def _empty(item: Record, most: int) -> tuple[int, ...]:
-    numbers: list[int] = []
-    for number in item.items("empty", most):
-        least = numbers[-1] + 1 if numbers else 0
-        if not isinstance(number, int) or isinstance(number, bool) or not least <= number < most:
-            raise item.wrong("empty", f"numbers from 0 to {most - 1}, each larger than the last")
-        numbers.append(number)
-    return tuple(numbers)
 
 
 def block_grid(height: int, width: int, tile: int, block: int = BLOCK) -> tuple[int, int]:

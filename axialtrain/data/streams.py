@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from axialtrain.data.buckets import BucketedOrder, buckets_of
 from axialtrain.data.config import DataConfig
+from axialtrain.data.labelled import label_weights
 from axialtrain.data.mixing import MixedOrder, MixedShards, parts_of
 from axialtrain.data.order import Order, Stream, short_digest
 from axialtrain.data.region import Shards
 from axialtrain.data.sampling import (
     BALANCED,
+    IMAGE,
     TISSUE,
     WeightedOrder,
     classes_of,
@@ -58,6 +60,8 @@ def stream_of(
         weights = image_weights(shards.images, config.sample)
         sample = config.sample
         plan["data.sample"] = [sample.by, sample.per, sample.drawn, sample.weights == TISSUE]
+        if sample.by_labels:
+            plan["data.sample.classes"] = sample.classes
         if not (weights == 1).all():
             plan["data.sample.weights"] = short_digest(weights.astype("<f8").tobytes())
     streams: list[Stream] = []
@@ -96,6 +100,9 @@ def _weighted(
 ) -> WeightedOrder:
     """The order of the windows of one set."""
     sample = config.sample
+    if sample.by_labels:
+        weights = label_weights(windows, shards.head, per_image=sample.per == IMAGE)
+        return WeightedOrder(weights, seed, part, drawn=sample.drawn)
     images, counts = np.unique(windows.image, return_counts=True)
     classes = None
     if sample.by == BALANCED:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from axialtrain.data.checked import shown
 from axialtrain.data.manifest import MAX_SIDE, ImageRow
 from axialtrain.data.store import Head
 from axialtrain.grid import Rect
+
+T = TypeVar("T")
 
 MAX_WINDOWS = 10_000_000  # an index of them takes 120 MB, and one epoch's order of them 80 MB
 HEADS_AT_ONCE = 8  # that are fetched
@@ -208,41 +210,64 @@ def tissue_shares(windows: Windows, head: Callable[[str], Head]) -> NDArray[np.f
     From the heads alone: no pixel is fetched. So pixels that are missing within a stored tile count
     as stored, and in shards of before empty tiles were named in the head, all do.
     """
-    shares = np.zeros(len(windows))
+    return np.concatenate([np.zeros(0), *by_image(windows, head, _shares)])
 
-    def fill(image: int, part: slice) -> None:
+
+def by_image(
+    windows: Windows, head: Callable[[str], Head], look: Callable[[Windows, ImageRow, Head], T]
+) -> list[T]:
+    """What `look` finds in the windows of each image that has any, in their order.
+
+    head: of the image of that name; several are fetched at once.
+    """
+
+    def found(image: int, part: slice) -> T:
         row = windows.images[image]
-        shares[part] = _shares(windows.only(part), row, head(row.name))
+        return look(windows.only(part), row, head(row.name))
 
     with ThreadPoolExecutor(HEADS_AT_ONCE, thread_name_prefix="axialtrain-heads") as pool:
         parts = [(k, part) for k, part in enumerate(windows.of_images()) if part.stop > part.start]
-        for _ in pool.map(lambda one: fill(*one), parts):
-            pass
-    return shares
+        return list(pool.map(lambda one: found(*one), parts))
 
 
 def _shares(windows: Windows, row: ImageRow, head: Head) -> NDArray[np.float64]:
     """Of windows of one image."""
-    stored = np.zeros((head.tile_grid[0] + 1, head.tile_grid[1] + 1), np.int64)
-    stored[:-1, :-1] = 1
+    stored = np.ones(head.tile_grid, np.int64)
     for entry in head.blocks:
         empty = np.array(entry.empty, np.int64)
         rows, cols = entry.row * head.block, entry.col * head.block
         stored[rows + empty // head.block, cols + empty % head.block] = 0
-    # Sums of the tiles above, to the left, and both, of each: what is stored is even in a tile.
-    above = np.cumsum(stored, axis=0) - stored
-    before = np.cumsum(stored, axis=1) - stored
+    top, bottom, left, right = _inside(windows, row)
+    return np.asarray(held(windows, row, head, stored) / ((bottom - top) * (right - left)))
+
+
+def held(
+    windows: Windows, row: ImageRow, head: Head, of_tiles: NDArray[np.number[Any]]
+) -> NDArray[Any]:
+    """How much each window of the image `row` holds of what lies evenly in its tiles; [n].
+
+    of_tiles: [rows, cols] of the tile grid, how much there is of it for each px.
+    """
+    grid = np.pad(of_tiles, ((0, 1), (0, 1)))
+    # Sums of the tiles above, to the left, and both, of each.
+    above = np.cumsum(grid, axis=0) - grid
+    before = np.cumsum(grid, axis=1) - grid
     both = np.cumsum(above, axis=1) - above
 
-    def within(y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Stored px of the rectangle from the image's corner to (y, x)."""
+    def within(y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[Any]:
+        """What is in the rectangle from the image's corner to (y, x)."""
         (r, dy), (c, dx) = np.divmod(y, head.tile), np.divmod(x, head.tile)
         whole = head.tile * (head.tile * both[r, c] + dy * before[r, c] + dx * above[r, c])
-        return np.asarray(whole + dy * dx * stored[r, c])
+        return np.asarray(whole + dy * dx * grid[r, c])
 
+    top, bottom, left, right = _inside(windows, row)
+    return np.asarray(
+        within(bottom, right) - within(top, right) - within(bottom, left) + within(top, left)
+    )
+
+
+def _inside(windows: Windows, row: ImageRow) -> tuple[NDArray[np.int64], ...]:
+    """(top, bottom, left, right), px, of what of the windows lies in the image `row`."""
     height, width = (row.height, row.width) if windows.size is None else windows.size
     top, left = windows.top.astype(np.int64), windows.left.astype(np.int64)
-    bottom = np.minimum(top + height, row.height)
-    right = np.minimum(left + width, row.width)
-    held = within(bottom, right) - within(top, right) - within(bottom, left) + within(top, left)
-    return np.asarray(held / ((bottom - top) * (right - left)))
+    return top, np.minimum(top + height, row.height), left, np.minimum(left + width, row.width)

@@ -1,0 +1,252 @@
+"""Windows by the classes of their pixels: what heads tell of labels, and what is drawn by it."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import forged
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loaded import loader_of
+
+from axialtrain.data.config import DataConfig
+from axialtrain.data.labelled import IN_TILE, label_weights, labels_of
+from axialtrain.data.order import OrderState
+from axialtrain.data.region import open_shards
+from axialtrain.data.sampling import SampleConfig
+from axialtrain.data.shard import shard_images
+from axialtrain.data.verify import verify
+from axialtrain.data.windows import cut_windows
+
+if TYPE_CHECKING:
+    from conftest import Source
+
+TILE = 16
+# Of two images, the label of each tile; 255 has none, and the last row and column are cut.
+GRIDS = {
+    "a": np.array([[0] * 11 + [1]] * 5 + [[0] * 10 + [2, 255]], np.uint8),
+    "b": np.array([[3, 255], [0, 0], [0, 0]], np.uint8),
+}
+SIZES = {"a": (90, 181), "b": (48, 30)}
+LABELS = SampleConfig(by="balanced", classes="labels")
+
+
+@pytest.fixture(scope="module")
+def gridded(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return sharded(tmp_path_factory.mktemp("gridded"), SIZES)
+
+
+def sharded(folder: Path, sizes: dict[str, tuple[int, int]]) -> Source:
+    """Images with one label in each tile; tile (4, 0) of "a" is not stored."""
+    from conftest import Source
+
+    rng, labels, pixels = np.random.default_rng(0), {}, {}
+    for name, (height, width) in sizes.items():
+        labels[name] = np.kron(GRIDS[name], np.ones((TILE, TILE), np.uint8))[:height, :width]
+        pixels[name] = rng.integers(1, 256, (height, width), np.uint8)
+        pixels[name][64:80, :16] = 0
+        tifffile.imwrite(
+            folder / f"{name}.tif",
+            pixels[name],
+            tile=(TILE, TILE),
+            photometric="minisblack",
+            extratags=[(42113, "s", 0, "0", True)],  # GDAL's nodata value
+        )
+        tifffile.imwrite(folder / f"{name}_labels.tif", labels[name], tile=(TILE, TILE))
+    shard_images(
+        [folder / f"{name}.tif" for name in sizes],
+        folder / "shards",
+        labels=[folder / f"{name}_labels.tif" for name in sizes],
+        progress=False,
+    )
+    assert open_shards(str(folder / "shards")).head("a").blocks[0].empty == (32,)
+    return Source(str(folder / "shards"), pixels, labels)
+
+
+def test_heads_tell_the_pixels_of_each_class_in_each_tile(source: Source) -> None:
+    shards = open_shards(source.url)
+    for name, labels in source.labels.items():
+        head = shards.head(name)
+        for entry in head.blocks:
+            found = labels_of(entry, head)
+            assert len(found)
+            for number in head.numbers_of(entry.row, entry.col):
+                row, col = divmod(number, head.block)
+                top, left = (
+                    TILE * (first * head.block + step)
+                    for first, step in ((entry.row, row), (entry.col, col))
+                )
+                tile = labels[top : top + TILE, left : left + TILE]
+                mine = found[found["tile"] == number]
+                expected = np.bincount(tile.ravel(), minlength=6)
+                np.testing.assert_array_equal(
+                    np.bincount(mine["label"], mine["pixels"], minlength=6), expected
+                )
+
+
+@settings(max_examples=60)
+@given(
+    window=st.none() | st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    stride=st.tuples(st.integers(5, 60), st.integers(5, 60)),
+    per_image=st.booleans(),
+)
+def test_weights_draw_each_class_as_often(
+    gridded: Source, window: tuple[int, int] | None, stride: tuple[int, int], per_image: bool
+) -> None:
+    """A class, one of its pixels, and a window in which it lies; of labels as they are."""
+    shards = open_shards(gridded.url)
+    windows = cut_windows(shards.images, window, stride)
+    labels = {name: raster.copy() for name, raster in gridded.labels.items()}
+    labels["a"][64:80, :16] = 255  # the tile that is not stored
+    each = [
+        np.bincount(
+            labels[w.name][w.rect.top : w.rect.bottom, w.rect.left : w.rect.right].ravel(),
+            minlength=256,
+        )[:255].astype(float)
+        for w in windows
+    ]
+    if per_image:
+        names = [w.name for w in windows]
+        each = [count / names.count(name) for count, name in zip(each, names, strict=True)]
+    pixels = np.array(each)
+    there = pixels.sum(0) > 0
+    expected = (pixels[:, there] / pixels[:, there].sum(0)).sum(1)
+    weights = label_weights(windows, shards.head, per_image=per_image)
+    np.testing.assert_allclose(weights, expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_windows_come_as_often_as_their_classes_ask(tmp_path: Path, drawn: bool) -> None:
+    """Windows of one tile: those of each of four classes together are a quarter of all."""
+    source = sharded(tmp_path, {"a": (96, 192), "b": (48, 32)})
+    config = DataConfig(
+        source.url,
+        window=[TILE, TILE],
+        mean=[0.5],
+        std=[0.25],
+        sample=replace(LABELS, replacement=drawn),
+    )
+    one = loader_of(config)
+    count = 200 * len(one.windows)
+    taken = np.bincount([one.order[i] for i in range(count)], minlength=len(one.windows))
+    of_class = np.zeros(256)
+    for times, window in zip(taken.tolist(), one.windows, strict=True):
+        of_class[source.labels[window.name][window.rect.top, window.rect.left]] += times
+        if window.name == "a" and (window.rect.top, window.rect.left) == (64, 0):
+            assert times == 0  # it is not stored
+    assert of_class[4:].sum() == 0
+    np.testing.assert_allclose(of_class[:4] / count, 0.25, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!",
+        "AAAA",  # no whole entry
+        lambda found: found[::-1],
+        lambda found: np.concatenate((found, found[-1:])),
+        lambda found: _with(found, "tile", 63),  # of no image
+        lambda found: _with(found, "tile", 32),  # not stored
+        lambda found: _with(found, "label", 3),
+        lambda found: _with(found, "pixels", 0),
+        lambda found: _with(found, "pixels", TILE * TILE + 1),
+    ],
+)
+def test_what_heads_cannot_tell_is_named(gridded: Source, text: str | Callable[[Any], Any]) -> None:
+    head = open_shards(gridded.url).head("a")
+    (entry,) = [one for one in head.blocks if one.empty]
+    if not isinstance(text, str):
+        changed = text(labels_of(entry, head).copy())
+        text = base64.b64encode(changed.astype(IN_TILE).tobytes()).decode()
+    with pytest.raises(ValueError, match=r"^head of 'a': block 0, 0: labelled is .*, allowed is"):
+        labels_of(replace(entry, labelled=text), head)
+
+
+def _with(found: Any, key: str, value: int) -> Any:
+    """The entry that is the last in order with that value, or the first."""
+    found[key][-1 if key == "tile" and value == 63 else 0] = value
+    return np.sort(found, order=["tile", "label"])
+
+
+@pytest.mark.parametrize("value", [3, "?", "A" * 200_000])
+def test_what_is_no_text_of_a_head_is_named(source: Source, tmp_path: Path, value: object) -> None:
+    copy = shutil.copytree(source.url, tmp_path / "copy")
+
+    def wrong(record: dict[str, Any]) -> None:
+        record["blocks"][1]["labelled"] = value
+
+    forged.forge(copy, "tall", head=wrong)
+    with pytest.raises(ValueError, match=r"head of 'tall' at byte \d+: blocks\[1\]: labelled is"):
+        open_shards(str(copy)).head("tall")
+
+
+def test_deep_verification_counts_again(source: Source, tmp_path: Path) -> None:
+    copy = shutil.copytree(source.url, tmp_path / "copy")
+    entry = open_shards(source.url).head("tall").blocks[1]
+
+    def wrong(record: dict[str, Any]) -> None:
+        found = np.frombuffer(base64.b64decode(entry.labelled or ""), IN_TILE).copy()
+        found["pixels"][0] -= 1
+        record["blocks"][1]["labelled"] = base64.b64encode(found.tobytes()).decode()
+
+    forged.forge(copy, "tall", head=wrong)
+    assert verify([copy], progress=False).count == 0  # only deep looks
+    (fault,) = verify([copy], mode="deep", progress=False).faults
+    assert fault.member == f"tall/0/{entry.row:05d}_{entry.col:05d}.labels.png"
+    assert fault.what == "has other pixels of its classes than the head of its image tells"
+
+
+def test_shards_without_labels_or_of_before_are_named(
+    gridded: Source, masked: Source, tmp_path: Path
+) -> None:
+    config = DataConfig(masked.url, window=[32, 32], mean=[0.5] * 2, sample=LABELS)
+    with pytest.raises(ValueError, match=r"^data\.sample\.classes is labels, but image 'a' has no"):
+        loader_of(config)
+    copy = shutil.copytree(gridded.url, tmp_path / "copy")
+
+    def older(record: dict[str, Any]) -> None:
+        for block in record["blocks"]:
+            del block["labelled"]
+
+    forged.forge(copy, "b", head=older)
+    assert verify([copy], mode="deep", progress=False).count == 0
+    config = DataConfig(str(copy), window=[32, 32], mean=[0.5], std=[0.25], sample=LABELS)
+    with pytest.raises(ValueError, match=r"^head of 'b': block 0, 0: labelled is missing, .*again"):
+        loader_of(config)
+
+
+def test_where_nothing_is_labelled_nothing_is_drawn(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((40, 40, 3), np.uint8), tile=(16, 16))
+    tifffile.imwrite(tmp_path / "l.tif", np.full((40, 40), 255, np.uint8), tile=(16, 16))
+    folder = tmp_path / "shards"
+    shard_images([tmp_path / "a.tif"], folder, labels=[tmp_path / "l.tif"], progress=False)
+    with pytest.raises(ValueError, match=r"^data\.sample\.classes is labels, but no window has a"):
+        loader_of(DataConfig(str(folder), sample=LABELS))
+
+
+def test_classes_of_labels_are_for_balancing_alone() -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.sample\.classes is 'pixels', allowed is images, "
+    ):
+        SampleConfig(by="balanced", classes="pixels")
+    with pytest.raises(ValueError, match=r"^data\.sample\.classes is labels with .*by=uniform"):
+        SampleConfig(classes="labels")
+
+
+def test_a_run_goes_on_with_the_same_classes(source: Source) -> None:
+    config = DataConfig(source.url, window=[32, 32], sample=LABELS)
+    one = loader_of(config)
+    state = OrderState.from_json(one.state(2).to_json())
+    assert loader_of(config, data_ranks=2, mesh_shape=(2, 1)).resume(state) == 2
+    other = loader_of(replace(config, sample=replace(LABELS, per="image")))
+    with pytest.raises(ValueError, match=r"^data\.sample is not what the saved run had"):
+        other.resume(state)
+    assert "data.sample.classes" in state.plan
