@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from axialtrain.data.block import decode_labels, decode_mask, decode_numbers, decode_tile
 from axialtrain.data.faults import MADE_SO, Faults
@@ -93,6 +91,8 @@ def check_block(
     for name, crc in stored.items():
         if name in members.data:
             _check_member(name, crc, members, entry, prefix, head, faults, largest)
+    if largest is not None and faults.count == before:
+        _check_labelled(members, entry, prefix, head, faults)
     if google_crc32c.value(data) != entry.crc32c and faults.count == before:
         _say_where(data, members, entry, prefix, head, faults)
 
@@ -114,13 +114,25 @@ def _check_empty(
         faults.add(what, MADE_SO, offset=entry.offset, member=prefix + name, image=head.name)
 
 
-def _check_labelled(labels: NDArray[np.uint8], entry: BlockEntry, head: Head) -> None:
-    if entry.labelled is None:  # of before they were counted
+def _check_labelled(
+    members: _Members, entry: BlockEntry, prefix: str, head: Head, faults: Faults
+) -> None:
+    """Count the pixels of each class again; all members are known to be sound."""
+    if entry.labelled is None:  # without labels, or of before they were counted
         return
     block = (entry.row, entry.col)
-    stored = head.numbers_of(*block) - set(entry.empty)
-    if count_labels(labels, head, block, list(stored)) != entry.labelled:
-        raise ValueError("has other pixels of its classes than the head of its image tells")
+    rect = head.block_rect(*block)
+    labels = decode_labels(members.data[LABELS], head, rect)
+    present = decode_mask(members.data[MASK], rect) if MASK in members.data else None
+    stored = sorted(head.numbers_of(*block) - set(entry.empty))
+    if count_labels(labels, present, head, block, stored) != entry.labelled:
+        faults.add(
+            "has other pixels of its classes than the head of its image tells",
+            MADE_SO,
+            offset=members.at[LABELS],
+            member=prefix + LABELS,
+            image=head.name,
+        )
 
 
 def _say_where(
@@ -236,7 +248,6 @@ def _check_member(
             if name == LABELS:
                 labels = decode_labels(data, head, rect)
                 largest.classes = max(largest.classes, count_classes(labels))
-                _check_labelled(labels, entry, head)
             elif name == INSTANCES:
                 numbers = decode_numbers(data, head, rect)
                 largest.instances = max(largest.instances, int(numbers.max()))

@@ -155,16 +155,20 @@ class _Writer:
                 tiles.append(Tile(r, c, member, google_crc32c.value(data)))
                 present_of[r, c] = present
         self.tiles += len(tiles)
-        rasters, labelled = self._rasters(rect), None
+        rasters = self._rasters(rect)
         for name, raster in rasters.items():
             sample[name] = encode_png(raster)
-        if LABELS in rasters:
-            stored = [tile_number(tile.row, tile.col, head.block) for tile in tiles]
-            labels = rasters[LABELS].astype(np.uint8, copy=False)
-            labelled = count_labels(labels, head, (row, col), stored)
+        mask = None
         if any(present is not None for present in present_of.values()):
             self.masked = True
-            sample[MASK] = encode_png(_mask(rect, head.tile, present_of))
+            mask = _mask(rect, head.tile, present_of)
+            sample[MASK] = encode_png(mask)
+        labelled = None
+        if LABELS in rasters:
+            labels = rasters[LABELS].astype(np.uint8, copy=False)
+            there = None if mask is None else mask > 0
+            stored = [tile_number(tile.row, tile.col, head.block) for tile in tiles]
+            labelled = count_labels(labels, there, head, (row, col), stored)
         crcs = {
             name: google_crc32c.value(sample[name])
             for name in (LABELS, INSTANCES, MASK)
@@ -261,8 +265,14 @@ def write_head(job: Input, seen: Look, runs: list[Run], starts: list[int], file:
         thumbnail_crc32c=google_crc32c.value(seen.thumbnail),
     )
     data = head.to_json()
+    if len(data) > MAX_HEAD_BYTES:  # rather without that than not at all, after all that work
+        head = replace(head, blocks=tuple(replace(entry, labelled=None) for entry in blocks))
+        data = head.to_json()
     if len(data) > MAX_HEAD_BYTES:
-        raise ValueError(f"{job.entry.image}: its head takes {len(data)} bytes")
+        raise ValueError(
+            f"{job.entry.image}: its head takes {len(data)} bytes, allowed are {MAX_HEAD_BYTES}: "
+            "larger tiles make it smaller"
+        )
     file.write(members(head_key(head.name), {"json": data, "thumbnail.jpg": seen.thumbnail}))
     return head
 

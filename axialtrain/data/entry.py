@@ -18,7 +18,8 @@ class BlockEntry:
 
     empty: numbers, in the block, of the tiles of the image that are not stored; in shards of before
     they were recorded, of none. labelled: how many pixels of each class its stored tiles have, as
-    `labelled.count_labels` writes it; None without labels, and in shards of before it was recorded.
+    `labelled.count_labels` writes it; None without labels, in shards of before it was recorded, and
+    where the head would be too large with it.
     """
 
     row: int
@@ -63,6 +64,7 @@ def _labelled(item: Record, tiles: int) -> str | None:
     if item.values.get("labelled") is None:
         return None
     text = item.text("labelled", _BASE64, "text in base64")
-    if len(text) > (most := 8 * UNLABELLED * tiles):  # 6 bytes for each class in each tile
+    # 6 bytes for each class in each tile, and what deflating may add.
+    if len(text) > (most := 8 * UNLABELLED * tiles + 256):
         raise item.wrong("labelled", f"at most {most} characters")
     return text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,20 +20,26 @@ from axialtrain.data.store import BlockEntry, Head
 from axialtrain.data.windows import Windows, by_image, held
 from axialtrain.grid import Rect
 
-_BITS = 20  # of a part of a pixel: all of the largest image stays below 2**63
 # A class in a tile: the tile's number in its block, the label, and how many pixels have it.
 IN_TILE = np.dtype([("tile", "u1"), ("label", "u1"), ("pixels", "<u4")])
 
 
 def count_labels(
-    labels: NDArray[np.uint8], head: Head, block: tuple[int, int], stored: list[int]
+    labels: NDArray[np.uint8],
+    present: NDArray[np.bool_] | None,
+    head: Head,
+    block: tuple[int, int],
+    stored: Sequence[int],
 ) -> str:
     """What `BlockEntry.labelled` says of `block`, (row, col).
 
-    labels: of the block, cut at the image's border. stored: numbers of its tiles that are stored.
+    labels: of the block, cut at the image's border. present: which of its pixels there are, None:
+    all. stored: numbers of its tiles that are stored.
     """
     found = []
     rect = head.block_rect(*block)
+    if present is not None:
+        labels = np.where(present, labels, np.uint8(UNLABELLED))
     for number in sorted(stored):
         row, col = (
             at * head.block + n for at, n in zip(block, divmod(number, head.block), strict=True)
@@ -40,27 +47,34 @@ def count_labels(
         part = Rect(row, row + 1, col, col + 1).scaled(head.tile).intersect(rect)
         counts = np.bincount(labels[part.slices(rect)].ravel(), minlength=UNLABELLED + 1)
         found += [(number, label, counts[label]) for label in np.flatnonzero(counts[:UNLABELLED])]
-    return base64.b64encode(np.array(found, IN_TILE).tobytes()).decode()
+    return written(np.array(found, IN_TILE))
+
+
+def written(found: NDArray[np.void]) -> str:
+    """The text of what is found in a block, [n] of IN_TILE: base64 of deflated columns."""
+    columns = b"".join(found[name].tobytes() for name in IN_TILE.names or ())
+    return base64.b64encode(zlib.compress(columns, 9)).decode()
 
 
 def labels_of(entry: BlockEntry, head: Head) -> NDArray[np.void]:
-    """The classes in the tiles of a block, of IN_TILE, by tile and label.
+    """The classes in the tiles of a block, [n] of IN_TILE, by tile and label.
 
-    ValueError if its head was written before they were counted, or tells what cannot be.
+    ValueError if its head does not tell them, or tells what cannot be.
     """
     where = f"head of {head.name!r}: block {entry.row}, {entry.col}: labelled"
     if entry.labelled is None:
         raise ValueError(
-            f"{where} is missing, from shards of before labels were counted: shard again"
+            f"{where} is missing: the image was sharded before labels were counted, or is too "
+            "large for it; shard it again, in the second case in larger tiles"
         )
     wrong = ValueError(
-        f"{where} is {shown(entry.labelled)}, allowed is the base64 of (tile, label, pixels), of "
-        f"uint8, uint8 and uint32, of stored tiles and labels below {head.classes}, in order"
+        f"{where} is {shown(entry.labelled)}, allowed are (tile, label, pixels) of stored tiles "
+        f"and labels below {head.classes}, in order, as columns of uint8, uint8 and uint32, by "
+        "zlib and base64"
     )
-    try:
-        found = np.frombuffer(base64.b64decode(entry.labelled, validate=True), IN_TILE)
-    except (binascii.Error, ValueError) as error:
-        raise wrong from error
+    found = _read(entry.labelled, head.block * head.block)
+    if found is None:
+        raise wrong
     keys = found["tile"].astype(np.int64) << 8 | found["label"]
     stored = head.numbers_of(entry.row, entry.col) - set(entry.empty)
     if (np.diff(keys) <= 0).any() or not stored.issuperset(found["tile"].tolist()):
@@ -73,6 +87,35 @@ def labels_of(entry: BlockEntry, head: Head) -> NDArray[np.void]:
     return found
 
 
+def _read(text: str, tiles: int) -> NDArray[np.void] | None:
+    """What `written` wrote, of a block of `tiles`; None where it did not write it."""
+    most = IN_TILE.itemsize * tiles * UNLABELLED
+    inflate = zlib.decompressobj()
+    try:
+        columns = inflate.decompress(base64.b64decode(text, validate=True), most)
+    except (binascii.Error, ValueError, zlib.error):
+        return None
+    count, rest = divmod(len(columns), IN_TILE.itemsize)
+    if rest or not inflate.eof or inflate.unused_data:
+        return None
+    found = np.empty(count, IN_TILE)
+    at = 0
+    for name in IN_TILE.names or ():
+        found[name] = np.frombuffer(columns, IN_TILE[name], count, at)
+        at += count * IN_TILE[name].itemsize
+    return found
+
+
+def must_have_labels(images: Sequence[ImageRow]) -> None:
+    """ValueError, naming one of `images`, where it has no labels to balance."""
+    for row in images:
+        if row.classes is None:
+            raise ValueError(
+                f"data.sample.classes is labels, but image {row.name!r} has none: shard the images "
+                "with --labels"
+            )
+
+
 def label_weights(
     windows: Windows, head: Callable[[str], Head], *, per_image: bool
 ) -> NDArray[np.float64]:
@@ -81,49 +124,51 @@ def label_weights(
     A class is drawn, then one of its pixels, then a window in which it lies: the weight of window i
     is the sum over classes c of n_ic / sum_j n_jc, of n_ic pixels of c in it. In a tile they count
     as evenly spread. per_image: windows of an image share its pixels, however many they are.
-    head: of the image of that name. ValueError if one has no labels, or nothing is labelled.
+    head: of the image of that name, twice. ValueError where no window has a labelled pixel.
     """
-    found = by_image(windows, head, _pixels_in)
-    if per_image:
-        found = [(labels, pixels / pixels.shape[1]) for labels, pixels in found]
-    sums = np.zeros(UNLABELLED)
-    for labels, pixels in found:  # cumsum adds in order, on every machine
-        sums[labels] += np.cumsum(pixels, axis=1)[:, -1]
-    if not sums.any():
+
+    def sums(some: Windows, row: ImageRow, head: Head) -> NDArray[np.float64]:
+        total = np.zeros(UNLABELLED)
+        for label, pixels in _pixels_in(some, row, head):
+            total[label] = np.cumsum(pixels)[-1]  # in order, so alike on every machine
+        return total / len(some) if per_image else total
+
+    total = np.cumsum(by_image(windows, head, sums), axis=0)[-1]
+    if not total.any():
+        name = windows.images[windows.image[0]].name
         raise ValueError(
-            "data.sample.classes is labels, but no window has a labelled pixel in a stored tile"
+            f"data.sample.classes is labels, but no window of {name!r} and its set has a labelled "
+            "pixel, allowed are shards that have some in stored tiles"
         )
-    rate = np.divide(1.0, sums, out=np.zeros_like(sums), where=sums > 0)
-    parts = [
-        np.cumsum(pixels * rate[labels, None], axis=0)[-1] if len(labels) else pixels.sum(0)
-        for labels, pixels in found
-    ]
-    return np.concatenate(parts)
+
+    def weights(some: Windows, row: ImageRow, head: Head) -> NDArray[np.float64]:
+        found = np.zeros(len(some))
+        for label, pixels in _pixels_in(some, row, head):
+            if total[label] > 0:  # a class that none of all windows has
+                found += pixels / total[label]
+        return found / len(some) if per_image else found
+
+    return np.concatenate(by_image(windows, head, weights))
 
 
 def _pixels_in(
     windows: Windows, row: ImageRow, head: Head
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """(the labels [k] of an image, pixels [k, n] of each in each of its windows)."""
-    if row.classes is None or head.classes is None:
-        raise ValueError(
-            f"data.sample.classes is labels, but image {row.name!r} has none: shard the images "
-            "with --labels"
-        )
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Of each label of an image, how many of its pixels each of its windows has, [n]."""
     found = [labels_of(entry, head) for entry in head.blocks]
     places = [_places(some, e, head) for some, e in zip(found, head.blocks, strict=True)]
     rows, cols = (np.concatenate(one) for one in zip(*places, strict=True))
     known = np.concatenate(found)
-    labels, part = np.unique(known["label"], return_inverse=True)
-    # In whole numbers, whose sums and differences leave nothing where nothing is.
-    density = -(-(known["pixels"].astype(np.int64) << _BITS) // _areas(rows, cols, head))
-    pixels = np.empty((len(labels), len(windows)))
-    for k in range(len(labels)):
-        mine = part == k
+    # In whole numbers, whose sums and differences leave nothing where nothing is: as fine as all
+    # pixels of the image leave room for.
+    bits = 62 - (head.height * head.width).bit_length()
+    shares = np.ldexp(known["pixels"] / _areas(rows, cols, head), bits)
+    shares = np.maximum(np.rint(shares), 1).astype(np.int64)
+    for label in np.unique(known["label"]).tolist():
+        mine = known["label"] == label
         of_tiles = np.zeros(head.tile_grid, np.int64)
-        of_tiles[rows[mine], cols[mine]] = density[mine]
-        pixels[k] = np.ldexp(held(windows, row, head, of_tiles), -_BITS)
-    return labels.astype(np.intp), pixels
+        of_tiles[rows[mine], cols[mine]] = shares[mine]
+        yield label, np.ldexp(held(windows, row, head, of_tiles), -bits)
 
 
 def _places(

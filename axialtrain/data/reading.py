@@ -16,6 +16,7 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -120,6 +121,7 @@ class ByteSource:
         self.local = not protocols.isdisjoint(_LOCAL)
         # What is not asynchronous need not be safe to ask from several threads.
         self._free = asyncio.Semaphore(self._read.requests if fs.async_impl else 1)
+        self._asking = threading.Lock()
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
 
@@ -273,7 +275,24 @@ class ByteSource:
         """`info` or `cat_file` of the file system, whose bounds have other places in each."""
         if self._fs.async_impl:
             return await getattr(self._fs, f"_{what}")(path, **bounds)
-        return await _in_thread(partial(getattr(self._fs, what), path, **bounds))
+        return await self._in_thread(partial(getattr(self._fs, what), path, **bounds))
+
+    async def _in_thread(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives, asked in a thread of its own, for which the end of the process does not
+        wait, as it does for those of asyncio: where no answer comes, it would wait for ever. Nor is
+        anything asked beside it, though nobody waits for it any more."""
+        answer: Future[T] = Future()
+
+        def asking() -> None:
+            with self._asking:
+                if answer.set_running_or_notify_cancel():
+                    try:
+                        answer.set_result(ask())
+                    except BaseException as error:  # whoever waits is to hear of it
+                        answer.set_exception(error)
+
+        threading.Thread(target=asking, name="axialtrain-read", daemon=True).start()
+        return await asyncio.wrap_future(answer)
 
     async def _all(self, path: str, pieces: list[tuple[int, int]]) -> list[bytes]:
         """`pieces` of the file, as many at once as may be; the first that fails ends the others."""
@@ -335,28 +354,6 @@ class ByteSource:
                 place(path, start, stop), tries, self._read.retries + 1, cause, wait,
             )  # fmt: skip
             await asyncio.sleep(wait)
-
-
-async def _in_thread(ask: Callable[[], T]) -> T:
-    """What `ask` gives, asked in a thread of its own, for which the end of the process does not
-    wait, as it does for those of asyncio: where no answer comes, it would wait for ever."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def settle(what: Callable[[], None]) -> None:
-        if not answer.done():  # else nobody waits any more
-            what()
-
-    def asking() -> None:
-        try:
-            given = ask()
-        except Exception as error:
-            loop.call_soon_threadsafe(settle, partial(answer.set_exception, error))
-        else:
-            loop.call_soon_threadsafe(settle, partial(answer.set_result, given))
-
-    threading.Thread(target=asking, name="axialtrain-read", daemon=True).start()
-    return await answer
 
 
 def size_in(info: dict[str, Any], path: str) -> int | None:

@@ -26,7 +26,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.data.checked import Record
+from axialtrain.data.checked import Record, shown
 from axialtrain.data.entry import CRC_MAX, BlockEntry, entry_of
 from axialtrain.data.georeference import georeference_of
 from axialtrain.data.kinds import MAX_TILE_PIXELS_BYTES, Kind
@@ -349,6 +349,11 @@ class Head:
             block=block,
         )
         for entry in blocks.values():
+            if entry.labelled is not None and row.classes is None:
+                raise ValueError(
+                    f"{where}: block {entry.row}, {entry.col}: labelled is "
+                    f"{shown(entry.labelled)}, allowed is none where there are no labels"
+                )
             if not head.numbers_of(entry.row, entry.col).issuperset(entry.empty):
                 raise ValueError(
                     f"{where}: block {entry.row}, {entry.col}: empty names {entry.empty}, allowed "

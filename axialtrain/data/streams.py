@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from axialtrain.data.buckets import BucketedOrder, buckets_of
 from axialtrain.data.config import DataConfig
-from axialtrain.data.labelled import label_weights
+from axialtrain.data.labelled import label_weights, must_have_labels
 from axialtrain.data.mixing import MixedOrder, MixedShards, parts_of
 from axialtrain.data.order import Order, Stream, short_digest
 from axialtrain.data.region import Shards
@@ -61,6 +61,7 @@ def stream_of(
         sample = config.sample
         plan["data.sample"] = [sample.by, sample.per, sample.drawn, sample.weights == TISSUE]
         if sample.by_labels:
+            must_have_labels(shards.images)
             plan["data.sample.classes"] = sample.classes
         if not (weights == 1).all():
             plan["data.sample.weights"] = short_digest(weights.astype("<f8").tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from loaded import loader_of
 
 from axialtrain.data.config import DataConfig
-from axialtrain.data.labelled import IN_TILE, label_weights, labels_of
+from axialtrain.data.labelled import label_weights, labels_of, written
 from axialtrain.data.order import OrderState
 from axialtrain.data.region import open_shards
 from axialtrain.data.sampling import SampleConfig
@@ -123,6 +124,89 @@ def test_weights_draw_each_class_as_often(
     np.testing.assert_allclose(weights, expected, rtol=1e-10, atol=1e-15)
 
 
+@settings(max_examples=40)
+@given(
+    window=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_tiles_of_many_classes_weigh_by_the_pixels_of_each(
+    spread: Source, window: tuple[int, int], stride: tuple[int, int]
+) -> None:
+    """Windows of whole tiles, in which labels are counted: some of a few pixels, some missing."""
+    shards = open_shards(spread.url)
+    size, step = ([TILE * n for n in pair] for pair in (window, stride))
+    windows = cut_windows(shards.images, size, step)
+    each = []
+    for w in windows:
+        part = spread.labels[w.name][w.rect.top : w.rect.bottom, w.rect.left : w.rect.right]
+        each.append(np.bincount(part.ravel(), minlength=256)[:255])
+    pixels = np.array(each, float)
+    there = pixels.sum(0) > 0
+    expected = (pixels[:, there] / pixels[:, there].sum(0)).sum(1)
+    weights = label_weights(windows, shards.head, per_image=False)
+    np.testing.assert_allclose(weights, expected, rtol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """An image of whole tiles with labels 0 to 4 in each, 9 in one pixel of two tiles, and missing
+    pixels, whose labels are 7 in its file, and 255 here."""
+    from conftest import Source
+
+    folder = tmp_path_factory.mktemp("spread")
+    rng = np.random.default_rng(3)
+    labels = rng.choice(5, (160, 144), p=[0.6, 0.2, 0.15, 0.04, 0.01]).astype(np.uint8)
+    labels[37, 70] = labels[120, 5] = 9
+    missing = rng.random(labels.shape) < np.linspace(0, 0.2, 144)
+    labels[missing] = 7
+    pixels = np.where(missing, 0, rng.integers(1, 256, labels.shape)).astype(np.uint8)
+    tifffile.imwrite(
+        folder / "a.tif",
+        pixels,
+        tile=(TILE, TILE),
+        photometric="minisblack",
+        extratags=[(42113, "s", 0, "0", True)],  # GDAL's nodata value
+    )
+    tifffile.imwrite(folder / "l.tif", labels, tile=(TILE, TILE))
+    url = str(folder / "shards")
+    shard_images([folder / "a.tif"], url, labels=[folder / "l.tif"], progress=False)
+    assert verify([url], mode="deep", progress=False).count == 0
+    labels[missing] = 255
+    return Source(url, {"a": pixels}, {"a": labels})
+
+
+def test_a_head_that_would_be_too_large_does_without(
+    spread: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(spread.url).parent
+    whole = open_shards(spread.url).images[0].head_length
+    for most, counted in ((whole, True), (whole - 1, False)):
+        monkeypatch.setattr("axialtrain.data.encode.MAX_HEAD_BYTES", most)
+        url = str(tmp_path / str(most))
+        shard_images([folder / "a.tif"], url, labels=[folder / "l.tif"], progress=False)
+        head = open_shards(url).head("a")
+        assert {entry.labelled is not None for entry in head.blocks} == {counted}
+        assert verify([url], mode="deep", progress=False).count == 0
+    with pytest.raises(ValueError, match=r"^head of 'a': block 0, 0: labelled is missing"):
+        labels_of(head.blocks[0], head)
+    monkeypatch.setattr("axialtrain.data.encode.MAX_HEAD_BYTES", 400)
+    with pytest.raises(
+        ValueError, match=r"a\.tif: its head takes \d+ bytes, allowed are 400: larger"
+    ):
+        shard_images([folder / "a.tif"], tmp_path / "x", labels=[folder / "l.tif"], progress=False)
+
+
+def test_images_without_labels_have_none_of_them(masked: Source, tmp_path: Path) -> None:
+    copy = shutil.copytree(masked.url, tmp_path / "copy")
+
+    def wrong(record: dict[str, Any]) -> None:
+        record["blocks"][2]["labelled"] = "AAAA"
+
+    forged.forge(copy, "a", head=wrong)
+    with pytest.raises(ValueError, match=r"labelled is 'AAAA', allowed is none where there are no"):
+        open_shards(str(copy)).head("a")
+
+
 @pytest.mark.parametrize("drawn", [True, False])
 def test_windows_come_as_often_as_their_classes_ask(tmp_path: Path, drawn: bool) -> None:
     """Windows of one tile: those of each of four classes together are a quarter of all."""
@@ -150,7 +234,11 @@ def test_windows_come_as_often_as_their_classes_ask(tmp_path: Path, drawn: bool)
     "text",
     [
         "!",
-        "AAAA",  # no whole entry
+        "AAAA",  # nothing deflated
+        base64.b64encode(zlib.compress(bytes(7))).decode(),  # no whole entry
+        base64.b64encode(zlib.compress(bytes(6)) + b"x").decode(),  # more behind it
+        base64.b64encode(zlib.compress(bytes(6))[:-1]).decode(),  # cut short
+        base64.b64encode(zlib.compress(bytes(1 << 24))).decode(),  # far more than can be
         lambda found: found[::-1],
         lambda found: np.concatenate((found, found[-1:])),
         lambda found: _with(found, "tile", 63),  # of no image
@@ -163,10 +251,11 @@ def test_windows_come_as_often_as_their_classes_ask(tmp_path: Path, drawn: bool)
 def test_what_heads_cannot_tell_is_named(gridded: Source, text: str | Callable[[Any], Any]) -> None:
     head = open_shards(gridded.url).head("a")
     (entry,) = [one for one in head.blocks if one.empty]
+    found = labels_of(entry, head)
+    np.testing.assert_array_equal(labels_of(replace(entry, labelled=written(found)), head), found)
     if not isinstance(text, str):
-        changed = text(labels_of(entry, head).copy())
-        text = base64.b64encode(changed.astype(IN_TILE).tobytes()).decode()
-    with pytest.raises(ValueError, match=r"^head of 'a': block 0, 0: labelled is .*, allowed is"):
+        text = written(text(found.copy()))
+    with pytest.raises(ValueError, match=r"^head of 'a': block 0, 0: labelled is .*, allowed are"):
         labels_of(replace(entry, labelled=text), head)
 
 
@@ -193,9 +282,9 @@ def test_deep_verification_counts_again(source: Source, tmp_path: Path) -> None:
     entry = open_shards(source.url).head("tall").blocks[1]
 
     def wrong(record: dict[str, Any]) -> None:
-        found = np.frombuffer(base64.b64decode(entry.labelled or ""), IN_TILE).copy()
+        found = labels_of(entry, open_shards(source.url).head("tall"))
         found["pixels"][0] -= 1
-        record["blocks"][1]["labelled"] = base64.b64encode(found.tobytes()).decode()
+        record["blocks"][1]["labelled"] = written(found)
 
     forged.forge(copy, "tall", head=wrong)
     assert verify([copy], progress=False).count == 0  # only deep looks
@@ -219,7 +308,7 @@ def test_shards_without_labels_or_of_before_are_named(
     forged.forge(copy, "b", head=older)
     assert verify([copy], mode="deep", progress=False).count == 0
     config = DataConfig(str(copy), window=[32, 32], mean=[0.5], std=[0.25], sample=LABELS)
-    with pytest.raises(ValueError, match=r"^head of 'b': block 0, 0: labelled is missing, .*again"):
+    with pytest.raises(ValueError, match=r"^head of 'b': block 0, 0: labelled is missing: .*again"):
         loader_of(config)
 
 
@@ -228,7 +317,9 @@ def test_where_nothing_is_labelled_nothing_is_drawn(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "l.tif", np.full((40, 40), 255, np.uint8), tile=(16, 16))
     folder = tmp_path / "shards"
     shard_images([tmp_path / "a.tif"], folder, labels=[tmp_path / "l.tif"], progress=False)
-    with pytest.raises(ValueError, match=r"^data\.sample\.classes is labels, but no window has a"):
+    with pytest.raises(
+        ValueError, match=r"^data\.sample\.classes is labels, but no window of 'a' "
+    ):
         loader_of(DataConfig(str(folder), sample=LABELS))
 
 

@@ -22,6 +22,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from range_server import Fault, RangeServer, serving
@@ -338,6 +339,32 @@ def test_a_file_system_without_asyncio_that_stalls_hinders_no_process_from_endin
     )
     assert done.returncode == 0, done.stderr
     assert "in 2 tries (no whole answer within 0.2 s)" in done.stdout
+
+
+def test_a_file_system_without_asyncio_is_asked_one_thing_at_a_time(tmp_path: Path) -> None:
+    """Also where nobody waits any more for what it was asked before."""
+
+    class Slow(LocalFileSystem):
+        protocol = "slow"
+        asked = most = now = 0
+
+        def cat_file(
+            self, path: str, start: int | None = None, end: int | None = None, **options: Any
+        ) -> bytes:
+            self.asked += 1
+            self.now += 1
+            self.most = max(self.most, self.now)
+            time.sleep(0.3 if self.asked == 1 else 0)
+            self.now -= 1
+            return bytes(super().cat_file(path, start, end, **options))
+
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(200)))
+    fs = Slow(skip_instance_cache=True)
+    source = ByteSource(fs, ReadConfig(timeout=0.1, retries=9, backoff=0.0))
+    assert source.fetch(str(path), [(3, 9), (20, 25)]) == [bytes(range(3, 9)), bytes(range(20, 25))]
+    assert fs.most == 1
+    assert fs.asked == 3  # what waited behind it, until nobody did, was never asked
 
 
 def answer(status: int) -> aiohttp.ClientResponseError:

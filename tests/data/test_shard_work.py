@@ -216,6 +216,20 @@ def test_other_work_is_left_alone(tmp_path: Path, monkeypatch) -> None:  # type:
     assert _wanted(work, how)["images"] != wanted["images"]
 
 
+def test_work_of_a_version_with_other_records_is_left_alone(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    images = drawn(tmp_path / "images", [300, 200])
+    how, out = Sharding(shard_bytes=1), tmp_path / "out"
+    ended_after_one(images, out, monkeypatch, how)
+    record = out / SCRATCH / "run.json"
+    wanted = json.loads(record.read_bytes())
+    del wanted["records"]  # as before there was one
+    record.write_text(json.dumps(wanted))
+    with pytest.raises(
+        ValueError, match=r"the run that was begun here differs in records, allowed"
+    ):
+        make_shards(prepare(entries_of(images), how), out, how, resume=True, progress=False)
+
+
 def test_a_full_disk_is_no_fault_of_an_image(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     images = drawn(tmp_path / "images", [100, 90])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import signal
@@ -16,12 +18,13 @@ import pytest
 import torch
 from distributed.launcher import run_ranks
 from distributed.watch_ranks import apart, small_run, stopped_together
+from torch.distributed import TCPStore
 
 from axialtrain.launch.local import start
 from axialtrain.mesh.collectives import Transfer
-from axialtrain.train.beats import Beat, at_fault, in_step, position
+from axialtrain.train.beats import HANDLES_OF_ZERO, Beat, at_fault, in_step, position
 from axialtrain.train.recorder import record_collectives
-from axialtrain.train.watch import LOST, end_agent, from_collective
+from axialtrain.train.watch import LOST, Watch, end_agent, from_collective
 
 TIMEOUT = 3.0
 HOST = socket.gethostname()
@@ -106,6 +109,54 @@ def test_waiting_for_messages_sent_beside_is_waiting_in_a_collective():
     assert where.startswith("axialtrain/mesh/collectives.py:")
     assert collective
     assert not position([])[1]
+
+
+def test_waiting_for_what_zero_3_gathers_is_waiting_in_a_collective():
+    [package] = importlib.util.find_spec("deepspeed").submodule_search_locations
+    file = Path(package).parent / HANDLES_OF_ZERO
+    handles = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    waiting = {"AllGatherHandle", "AllGatherCoalescedHandle", "AllReduceCoalescedHandle"}
+    for node in handles:
+        if node.name in waiting and "wait" in {getattr(part, "name", "") for part in node.body}:
+            waiting.remove(node.name)
+    assert not waiting
+    names = {}
+    exec(compile("def wait(): raise RuntimeError('planted')", str(file), "exec"), names)
+    with pytest.raises(RuntimeError, match="planted") as raised:
+        names["wait"]()
+    assert from_collective(raised.value)
+
+
+SERVER = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True)
+print(store.port, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_an_own_error_behind_a_store_that_is_deaf_ends_the_agent(monkeypatch):
+    """As behind a cut cable: torchrun's agent of this host would wait for it, and say nothing."""
+    registered = []
+    monkeypatch.setattr("axialtrain.train.watch.atexit.register", registered.append)
+    monkeypatch.setattr("axialtrain.train.watch._store_is_here", lambda: False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=-1, text=True) as server:
+        watch = None
+        try:
+            store = TCPStore("127.0.0.1", int(server.stdout.readline()))
+            watch = Watch(store, 1, 2, timeout=60.0, folder=None)
+            assert watch.failed(ValueError("planted")) is None
+            assert registered == []  # it was told, and those who read it end
+            server.send_signal(signal.SIGSTOP)
+            assert watch.failed(ValueError("planted")) is None
+            assert registered == [end_agent]
+        finally:
+            if watch is not None:
+                watch.close()  # else its threads would end this process, soon
+            server.kill()
 
 
 def test_the_users_settings_of_the_recorder_win(monkeypatch, tmp_path):
