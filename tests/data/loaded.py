@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
 from axialtrain.data.listing import entries_of
 from axialtrain.data.loader import Loader
@@ -26,10 +27,11 @@ def small_shards(
 ) -> str:
     """Images of noise, px, in tiles of 16 px; the folder of their shards.
 
-    options: bands, 3 unless told otherwise; levels, different values in them; labels,
-    image_labels, statistics.
+    options: bands, 3 unless told otherwise; levels, different values in them; labels, or classes of
+    random ones; image_labels, statistics.
     """
     rng, bands = np.random.default_rng(seed), options.get("bands", 3)
+    labels, others = options.get("labels"), np.random.default_rng(seed + 1)
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         pixels = rng.integers(0, options.get("levels", 256), (*size, bands), np.uint8)
@@ -41,7 +43,12 @@ def small_shards(
             photometric=photometric,
         )
     images = [folder / f"{name}.tif" for name in sizes]
-    entries = entries_of(images, options.get("labels"), None, options.get("image_labels"))
+    if "classes" in options:
+        labels = [folder / f"{name}_labels.tif" for name in sizes]
+        for path, size in zip(labels, sizes.values(), strict=True):
+            raster = others.integers(0, options["classes"], size, np.uint8)
+            tifffile.imwrite(path, raster, tile=(16, 16))
+    entries = entries_of(images, labels, None, options.get("image_labels"))
     how = Sharding(statistics=options.get("statistics", False))
     make_shards(prepare(entries, how), folder / "shards", how, jobs=1, keep=False, progress=False)
     return str(folder / "shards")
@@ -64,7 +71,8 @@ def loader_of(config: DataConfig, **changes: Any) -> Loader:
 def stream(
     config: DataConfig, first: int, last: int, *, data_ranks: int = 1, **options: Any
 ) -> Iterator[list[tuple[int, str, int]]]:
-    """(index, window, CRC-32 of its pixels) of the samples of each step first..last-1, by index.
+    """(index, window, CRC-32 of its pixels, which of them there are, and its labels) of the samples
+    of each step first..last-1, by index.
 
     The ranks of the mesh are simulated one after the other, and their parts put together.
     """
@@ -87,9 +95,7 @@ def stream(
             for d in range(data_ranks):
                 for a in range(any_rank.accumulation):
                     parts = [[taken[d, r, c][a] for c in range(cols)] for r in range(rows)]
-                    whole = np.concatenate(
-                        [np.concatenate([p.pixels.numpy() for p in line], 2) for line in parts], 1
-                    )
+                    whole = [joined(parts, name) for name in ("pixels", "present", "labels")]
                     batch = parts[0][0]
                     for b, index in enumerate(batch.samples.tolist()):
                         if not batch.weight[b]:
@@ -97,9 +103,22 @@ def stream(
                         window = any_rank.windows[any_rank.order[index]]
                         assert batch.ids[b] == window.id
                         assert index not in samples
-                        seen = whole[b, : window.rect.height, : window.rect.width]
-                        samples[index] = (index, window.id, zlib.crc32(seen.tobytes()))
+                        inside = (b, slice(window.rect.height), slice(window.rect.width))
+                        seen = [x[inside] for x in whole if x is not None]
+                        samples[index] = (index, window.id, crc_of(seen))
             yield [samples[index] for index in sorted(samples)]
+
+
+def joined(parts: list[list[Batch]], name: str) -> np.ndarray | None:
+    """What the ranks' parts of a micro-batch, rows of columns, have of that name."""
+    if getattr(parts[0][0], name) is None:
+        return None
+    lines = [np.concatenate([getattr(part, name).numpy() for part in line], 2) for line in parts]
+    return np.concatenate(lines, 1)
+
+
+def crc_of(arrays: list[np.ndarray]) -> int:
+    return zlib.crc32(b"".join(array.tobytes() for array in arrays))
 
 
 def serial(config: DataConfig, first: int, last: int, **options: Any) -> list[Any]:
@@ -112,5 +131,8 @@ def serial(config: DataConfig, first: int, last: int, **options: Any) -> list[An
         pixels = np.zeros((window.rect.height, window.rect.width, one.shards.bands), np.float32)
         region = one.shards.region(window.name, window.rect)
         pixels[...] = normalise(region.pixels, region.present)
-        found.append((index, window.id, zlib.crc32(pixels.tobytes())))
+        seen = [pixels, region.present]
+        if one.shards.has_labels:
+            seen.append(np.where(region.present, region.labels, np.uint8(255)))
+        found.append((index, window.id, crc_of(seen)))
     return found

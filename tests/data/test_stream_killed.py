@@ -31,6 +31,7 @@ AUGMENTED = MIX | {
         "noise": 0.1,
     },
 }  # fmt: skip
+LABELS = MIX | {"sample": {"by": "balanced", "classes": "labels"}}
 ROWS_COLS = [[1, 1], [2, 1], [1, 2], [2, 2]]
 
 
@@ -42,7 +43,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for count in (7, 4)
     ]
     return [
-        small_shards(folder / str(n), some, seed=n, image_labels=[k % 3 for k in range(len(some))])
+        small_shards(
+            folder / str(n),
+            some,
+            seed=n,
+            classes=4,
+            image_labels=[k % 3 for k in range(len(some))],
+        )
         for n, some in enumerate(sizes)
     ]
 
@@ -63,11 +70,11 @@ def length(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mix", "augmented", "buckets"])
+@pytest.mark.parametrize("kind", ["mix", "labels", "augmented", "buckets"])
 def test_a_killed_stream_goes_on_in_order(sets: list[str], tmp_path: Path, kind: str) -> None:
     rng = random.Random(kind)
     data: dict[str, Any] = {"shards": {sets[0]: 2, sets[1]: 1}}
-    data |= {"mix": MIX, "augmented": AUGMENTED, "buckets": {"buckets": 1}}[kind]
+    data |= {"mix": MIX, "labels": LABELS, "augmented": AUGMENTED, "buckets": {"buckets": 1}}[kind]
     lines = tmp_path / "stream.txt"
     total = STEPS * BATCH
     for attempt in range(KILLS + 1):
