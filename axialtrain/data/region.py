@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 
 import fsspec
@@ -314,10 +314,17 @@ class Shards:
                 for entry, data in zip(fetch.blocks, stored, strict=True):
                     yield Block.parse(data, head, entry, shown)
                 return
-            with suppress(ValueError):
-                while left:
-                    block = Block.parse(next(stored), head, left[0], shown)
-                    left.popleft()
+            while left:
+                try:
+                    data = next(stored)
+                except ValueError:  # of one of those that are left
+                    break
+                entry = left.popleft()
+                try:
+                    block = Block.parse(data, head, entry, shown)
+                except ValueError as error:
+                    damaged.append(block_damage(head, entry, error))
+                else:
                     yield block
         for entry in left:  # one by one, to know which
             try:

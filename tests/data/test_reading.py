@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import pickle
+import shutil
 import ssl
 import subprocess
 import sys
@@ -169,6 +170,26 @@ def test_wrong_bytes_are_damage_when_they_come_twice(server: RangeServer) -> Non
     del server.always[GET]
     assert shards.head("tall").name == "tall"
     assert server.ranges()[4:] == [head] * 2
+
+
+def test_beside_what_is_damaged_nothing_is_fetched_twice(source: Source, tmp_path: Path) -> None:
+    copy = shutil.copytree(source.url, tmp_path / "copy")
+    entries = open_shards(source.url).head("wide").blocks
+    bad = entries[1]
+    with (copy / "shard-00000.tar").open("r+b") as file:
+        file.seek(bad.offset + 600)
+        (byte,) = file.read(1)
+        file.seek(bad.offset + 600)
+        file.write(bytes([byte ^ 1]))
+    with serving(copy) as server:
+        shards = open_shards(server.url)
+        shards.head("wide")
+        server.asked.clear()
+        region = shards.region("wide", Rect(0, 200, 0, 300), spare=True)
+    (damage,) = region.damaged
+    assert (damage.row, damage.col) == (bad.row, bad.col)
+    start, stop = entries[0].offset, entries[-1].offset + entries[-1].length
+    assert server.ranges() == [(start, stop), (bad.offset, bad.offset + bad.length)]
 
 
 def test_a_shard_that_has_become_shorter_is_reported(source: Source, tmp_path: Path) -> None:
