@@ -21,7 +21,7 @@ from axialtrain.data.codec import decode, encode_jpeg, encode_png, jpeg_shape
 from axialtrain.data.hilbert import hilbert_order
 from axialtrain.data.inputs import Input, open_stored
 from axialtrain.data.kinds import MAX_BANDS, Raster
-from axialtrain.data.labelled import count_labels
+from axialtrain.data.labelled import count_labels, written
 from axialtrain.data.readers import Reader
 from axialtrain.data.readers.reader import Mask
 from axialtrain.data.statistics import Statistics, sampled
@@ -168,7 +168,7 @@ class _Writer:
             labels = rasters[LABELS].astype(np.uint8, copy=False)
             there = None if mask is None else mask > 0
             stored = [tile_number(tile.row, tile.col, head.block) for tile in tiles]
-            labelled = count_labels(labels, there, head, (row, col), stored)
+            labelled = written(count_labels(labels, there, head, (row, col), stored))
         crcs = {
             name: google_crc32c.value(sample[name])
             for name in (LABELS, INSTANCES, MASK)

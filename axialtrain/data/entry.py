@@ -18,7 +18,7 @@ class BlockEntry:
 
     empty: numbers, in the block, of the tiles of the image that are not stored; in shards of before
     they were recorded, of none. labelled: how many pixels of each class its stored tiles have, as
-    `labelled.count_labels` writes it; None without labels, in shards of before it was recorded, and
+    `labelled.written` has it; None without labels, in shards of before it was recorded, and
     where the head would be too large with it.
     """
 

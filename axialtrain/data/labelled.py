@@ -30,8 +30,8 @@ def count_labels(
     head: Head,
     block: tuple[int, int],
     stored: Sequence[int],
-) -> str:
-    """What `BlockEntry.labelled` says of `block`, (row, col).
+) -> NDArray[np.void]:
+    """The classes in the tiles of `block`, (row, col), [n] of IN_TILE, by tile and label.
 
     labels: of the block, cut at the image's border. present: which of its pixels there are, None:
     all. stored: numbers of its tiles that are stored.
@@ -47,17 +47,18 @@ def count_labels(
         part = Rect(row, row + 1, col, col + 1).scaled(head.tile).intersect(rect)
         counts = np.bincount(labels[part.slices(rect)].ravel(), minlength=UNLABELLED + 1)
         found += [(number, label, counts[label]) for label in np.flatnonzero(counts[:UNLABELLED])]
-    return written(np.array(found, IN_TILE))
+    return np.array(found, IN_TILE)
 
 
 def written(found: NDArray[np.void]) -> str:
-    """The text of what is found in a block, [n] of IN_TILE: base64 of deflated columns."""
+    """`BlockEntry.labelled`, of what is found in a block, [n] of IN_TILE: deflated columns, in
+    base64."""
     columns = b"".join(found[name].tobytes() for name in IN_TILE.names or ())
     return base64.b64encode(zlib.compress(columns, 9)).decode()
 
 
 def labels_of(entry: BlockEntry, head: Head) -> NDArray[np.void]:
-    """The classes in the tiles of a block, [n] of IN_TILE, by tile and label.
+    """What a block's entry tells, as `count_labels` has found it.
 
     ValueError if its head does not tell them, or tells what cannot be.
     """
