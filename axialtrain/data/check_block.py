@@ -92,10 +92,10 @@ def check_block(
     for name, crc in stored.items():
         if name in members.data:
             _check_member(name, crc, members, entry, prefix, head, faults, largest)
-    if largest is not None and faults.count == before:
-        _check_labelled(members, entry, prefix, head, faults)
     if google_crc32c.value(data) != entry.crc32c and faults.count == before:
         _say_where(data, members, entry, prefix, head, faults)
+    if largest is not None and faults.count == before:
+        _check_labelled(members, entry, prefix, head, faults)
 
 
 def _check_empty(

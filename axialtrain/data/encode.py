@@ -8,6 +8,7 @@ without a pixel, and those that are not kept, are left out, and recorded.
 from __future__ import annotations
 
 import hashlib
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from axialtrain.data.tile_tiff import encode_tiff
 from axialtrain.data.tissue import ALL, kept_tiles, overview
 from axialtrain.grid import Rect
 
+LOG = logging.getLogger(__name__)
 RUN = 64  # blocks that are made at a time, and lost where a process is killed
 _THUMBNAIL_QUALITY = 85
 
@@ -266,12 +268,18 @@ def write_head(job: Input, seen: Look, runs: list[Run], starts: list[int], file:
     )
     data = head.to_json()
     if len(data) > MAX_HEAD_BYTES:  # rather without that than not at all, after all that work
+        LOG.warning(
+            "%s: its head would take %d bytes with the pixels of its classes, allowed are %d: it "
+            "is stored without them, and its windows cannot be balanced by labels; larger tiles "
+            "(--passthrough never --tile) make heads smaller",
+            job.entry.image, len(data), MAX_HEAD_BYTES,
+        )  # fmt: skip
         head = replace(head, blocks=tuple(replace(entry, labelled=None) for entry in blocks))
         data = head.to_json()
     if len(data) > MAX_HEAD_BYTES:
         raise ValueError(
             f"{job.entry.image}: its head takes {len(data)} bytes, allowed are {MAX_HEAD_BYTES}: "
-            "larger tiles make it smaller"
+            "larger tiles (--passthrough never --tile) make it smaller"
         )
     file.write(members(head_key(head.name), {"json": data, "thumbnail.jpg": seen.thumbnail}))
     return head

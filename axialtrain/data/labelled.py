@@ -66,7 +66,8 @@ def labels_of(entry: BlockEntry, head: Head) -> NDArray[np.void]:
     if entry.labelled is None:
         raise ValueError(
             f"{where} is missing: the image was sharded before labels were counted, or is too "
-            "large for it; shard it again, in the second case in larger tiles"
+            "large for it; shard it again, in the second case in larger tiles (--passthrough never "
+            "--tile)"
         )
     wrong = ValueError(
         f"{where} is {shown(entry.labelled)}, allowed are (tile, label, pixels) of stored tiles "
@@ -125,7 +126,8 @@ def label_weights(
     A class is drawn, then one of its pixels, then a window in which it lies: the weight of window i
     is the sum over classes c of n_ic / sum_j n_jc, of n_ic pixels of c in it. In a tile they count
     as evenly spread. per_image: windows of an image share its pixels, however many they are.
-    head: of the image of that name, twice. ValueError where no window has a labelled pixel.
+    head: of the image of that name; each is asked for twice. ValueError where no window has a
+    labelled pixel.
     """
 
     def sums(some: Windows, row: ImageRow, head: Head) -> NDArray[np.float64]:

@@ -16,11 +16,10 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 import fsspec
 import google_crc32c
@@ -31,9 +30,9 @@ from fsspec.implementations.local import LocalFileSystem
 from axialtrain.data.fetch import merge
 from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, place, status_of
 from axialtrain.data.range_cache import RangeCache, entry_name
+from axialtrain.data.synchronous import alike, ask_in_thread
 
 LOG = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PIECE = 1 << 23  # bytes of one request: larger ranges are several, at once
 MOST_WAIT = 30.0  # s, and up to half as much again, before what failed is asked for again
@@ -121,7 +120,6 @@ class ByteSource:
         self.local = not protocols.isdisjoint(_LOCAL)
         # What is not asynchronous need not be safe to ask from several threads.
         self._free = asyncio.Semaphore(self._read.requests if fs.async_impl else 1)
-        self._asking = threading.Lock()
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
 
@@ -275,24 +273,11 @@ class ByteSource:
         """`info` or `cat_file` of the file system, whose bounds have other places in each."""
         if self._fs.async_impl:
             return await getattr(self._fs, f"_{what}")(path, **bounds)
-        return await self._in_thread(partial(getattr(self._fs, what), path, **bounds))
-
-    async def _in_thread(self, ask: Callable[[], T]) -> T:
-        """What `ask` gives, asked in a thread of its own, for which the end of the process does not
-        wait, as it does for those of asyncio: where no answer comes, it would wait for ever. Nor is
-        anything asked beside it, though nobody waits for it any more."""
-        answer: Future[T] = Future()
-
-        def asking() -> None:
-            with self._asking:
-                if answer.set_running_or_notify_cancel():
-                    try:
-                        answer.set_result(ask())
-                    except BaseException as error:  # whoever waits is to hear of it
-                        answer.set_exception(error)
-
-        threading.Thread(target=asking, name="axialtrain-read", daemon=True).start()
-        return await asyncio.wrap_future(answer)
+        try:
+            return await ask_in_thread(self._fs, what, path, **bounds)
+        except asyncio.CancelledError:  # it may still be at it
+            self._fs = alike(self._fs)
+            raise
 
     async def _all(self, path: str, pieces: list[tuple[int, int]]) -> list[bytes]:
         """`pieces` of the file, as many at once as may be; the first that fails ends the others."""

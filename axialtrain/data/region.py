@@ -35,11 +35,12 @@ from axialtrain.data.store import (
     ImageRow,
     Manifest,
 )
+from axialtrain.data.synchronous import alike
 from axialtrain.grid import Rect
 
 TAIL = 1 << 13  # bytes at the end of a block that hold its index, unless rasters lie behind it
 TAILS = 1 << 24  # bytes of them that are fetched at once
-HEADS = 256  # heads kept in memory; a large slide's takes about 1 MB
+HEADS = 256  # heads kept in memory; a large slide's takes 1 to 4 MB
 
 
 def open_shards(url: str, read: ReadConfig | None = None) -> Shards:
@@ -61,6 +62,8 @@ def read_manifest(
     """
     try:
         fs, root = fsspec.core.url_to_fs(str(url))
+        if not fs.async_impl:
+            fs = alike(fs)  # which only these shards ask, and not from several threads
         root = root.rstrip("/")
         path = f"{root}/{MANIFEST}"
         source = ByteSource(fs, read)

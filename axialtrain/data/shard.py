@@ -34,7 +34,7 @@ from axialtrain.data.store import MANIFEST, Manifest
 _FEW = 256  # blocks that one process makes sooner than others begin
 SCRATCH = ".shard"  # beside the shards, where they are on this machine
 RECORD = "shard.json"  # of the command that made them
-RECORDS = 2  # raised where the same images make other heads or manifests than before
+FORMAT_OF_RECORDS = 2  # raised where the same images make other heads or manifests than before
 _LIBRARIES = ("axialtrain", "numpy", "tifffile", "imagecodecs", "webdataset")
 
 
@@ -233,7 +233,7 @@ def make_shards(
 
 def _wanted(work: Work, how: Sharding) -> dict[str, Any]:
     """What a run that goes on must want as well: options, images and rasters as they are now, and
-    the libraries that encode them."""
+    the libraries and the form of heads that make them."""
     images = []
     for split, jobs in work.splits.items():
         for job in jobs:
@@ -243,7 +243,7 @@ def _wanted(work: Work, how: Sharding) -> dict[str, Any]:
             stamps = [_stamp(path) for path in files if path is not None]
             images.append([split, said, stamps, dict(job.classes or {})])
     digest = hashlib.sha256(repr(images).encode()).hexdigest()
-    return {**asdict(how), "images": digest, "versions": versions(), "records": RECORDS}
+    return {**asdict(how), "images": digest, "versions": versions(), "records": FORMAT_OF_RECORDS}
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:

@@ -176,7 +176,10 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def test_a_head_that_would_be_too_large_does_without(
-    spread: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spread: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = Path(spread.url).parent
     whole = open_shards(spread.url).images[0].head_length
@@ -186,6 +189,7 @@ def test_a_head_that_would_be_too_large_does_without(
         shard_images([folder / "a.tif"], url, labels=[folder / "l.tif"], progress=False)
         head = open_shards(url).head("a")
         assert {entry.labelled is not None for entry in head.blocks} == {counted}
+        assert ("cannot be balanced by labels" in caplog.text) is not counted
         assert verify([url], mode="deep", progress=False).count == 0
     with pytest.raises(ValueError, match=r"^head of 'a': block 0, 0: labelled is missing"):
         labels_of(head.blocks[0], head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib.util
 import json
 import os
@@ -139,8 +140,14 @@ time.sleep(100)
 @pytest.mark.slow
 def test_an_own_error_behind_a_store_that_is_deaf_ends_the_agent(monkeypatch):
     """As behind a cut cable: torchrun's agent of this host would wait for it, and say nothing."""
-    registered = []
-    monkeypatch.setattr("axialtrain.train.watch.atexit.register", registered.append)
+    registered, register = [], atexit.register
+
+    def registering(what, *arguments, **options):
+        if what is end_agent:
+            return registered.append(what)
+        return register(what, *arguments, **options)
+
+    monkeypatch.setattr(atexit, "register", registering)
     monkeypatch.setattr("axialtrain.train.watch._store_is_here", lambda: False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=-1, text=True) as server:
