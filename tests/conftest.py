@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import hypothesis
 import pytest
+from distributed.other_device import Run, a_process
 from repository import SHARED
 from warm_command import start
 
@@ -29,6 +30,13 @@ def slide() -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is not beside the checkout in shared/data")
     return path
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Iterator[Run]:
+    """elsewhere(function, **keywords): in a process with a device that is not the CPU."""
+    with a_process() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

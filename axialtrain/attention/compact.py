@@ -85,10 +85,10 @@ def plan(key_mask: Tensor, query_mask: Tensor, *, across: bool, alone: bool) -> 
     for some, width in zip(lines, keys.widths, strict=True):
         mask = None
         if counts[some].min() < width:
-            own = torch.from_numpy(counts[some]).to(device)
+            own = _sent(counts[some], device)
             mask = torch.arange(width, device=device) < own[:, None]
         masks.append(mask)
-    images = [torch.from_numpy(some // key_mask.shape[1]).to(device) for some in lines]
+    images = [_sent(some // key_mask.shape[1], device) for some in lines]
     return Plan(images, masks, queries, keys)
 
 
@@ -102,7 +102,7 @@ def _side(mask: Tensor, counts: Counts, lines: list[Counts], across: bool) -> Si
     starts = np.full_like(counts, -1)  # slot of the first token of each line that has one
     for some, width, end in zip(lines, widths, np.cumsum(sizes), strict=True):
         starts[some] = end + width * np.arange(-some.size, 0)
-    first = torch.from_numpy(starts).to(device)[:, None]
+    first = _sent(starts, device)[:, None]
     mask = mask.flatten(0, 1)
     slots = torch.where(mask & (first >= 0), first + mask.cumsum(1) - 1, size)
     slots = slots.view(images, number, length)
@@ -113,6 +113,11 @@ def _side(mask: Tensor, counts: Counts, lines: list[Counts], across: bool) -> Si
     tokens = tokens[:size]
     empty = (tokens < 0).nonzero_static(size=size - filled)[:, 0]
     return Side(widths, sizes, tokens.clamp_min(0), empty, slots)
+
+
+def _sent(numbers: Counts, device: torch.device) -> Tensor:
+    # Or the host would wait until the device has done all that it was given before.
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def attend_compacted(

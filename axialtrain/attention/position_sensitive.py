@@ -154,7 +154,7 @@ def _moments_of_all(q: Tensor, k: Tensor, table: Tensor) -> Stats:
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, table = q.double(), k.double(), table.double()
     lines, length, _, width = q.shape
-    count = q.new_tensor(lines * length**2)
+    count = q.new_full((), lines * length**2)
     sums = [(q.sum(1) * k.sum(1)).sum((0, 2))]
     squares = [(_gram(q, "x n") * _gram(k, "x n")).sum((0, 2, 3))]
     # The distance of own - other coordinate, 1 - L to L - 1: each token has a window of L of them.

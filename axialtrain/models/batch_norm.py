@@ -31,7 +31,7 @@ class Moments:
         """x: [..., C], finite; valid: bool [...], None where all count."""
         flat = x.reshape(-1, x.shape[-1])
         if valid is None:
-            count = flat.new_tensor(flat.shape[0])
+            count = flat.new_full((), flat.shape[0])
             mean = flat.sum(0) / count.clamp_min(1)
             return Moments(count, mean, (flat - mean).square().sum(0))
         here = valid.reshape(-1, 1)

@@ -271,7 +271,8 @@ class Layer(nn.Module):
             kept = chance.kept(self.index, branch, self.drop_path)
             # Multiplied in fp32 at least, and rounded to x's dtype once.
             wide = torch.promote_types(x.dtype, torch.float32)
-            return (torch.tensor(kept, dtype=wide, device=x.device) * factor).to(x.dtype)
+            factors = (torch.tensor(kept, dtype=wide) * factor).to(x.dtype)
+            return factors.to(x.device, non_blocking=True)  # the host need not wait for it
         return None if factor == 1 else x.new_full((x.shape[0],), factor)
 
 

@@ -193,7 +193,8 @@ class PatchEmbed(nn.Module):
         masks = [None] * len(sizes) if valid is None else list(valid.split(rows, 1))
 
         def run(some: Tensor, index: int) -> Tensor:
-            return self._tokens(some.flatten(1, 2).to(self.proj.weight.device), masks[index])
+            there = some.flatten(1, 2).to(self.proj.weight.device, non_blocking=True)
+            return self._tokens(there, masks[index])
 
         return in_bands(run, tall, sizes, 1, [self])
 

@@ -8,6 +8,7 @@ those of the whole image, and votes and areas are counted over all of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -71,8 +72,7 @@ def merged(
     place = batch.place.finer(batch.pixels.shape[1] // batch.valid.shape[1])
     here = batch.present & _per_pixel(batch.valid, batch.place, place)
     semantic = output[..., :classes].argmax(-1)
-    is_thing = torch.zeros(classes, dtype=torch.bool, device=output.device)
-    is_thing[things] = True
+    is_thing = among(things, classes, output.device)
 
     instance = torch.zeros_like(semantic)
     found = find_centres(output[..., classes].where(here, 0), place, config, mesh)
@@ -80,7 +80,8 @@ def merged(
         if len(centres):
             pixels = (is_thing[semantic[index]] & here[index]).nonzero()
             row, col = pixels.unbind(1)
-            corner = torch.tensor((place.rect.top, place.rect.left), device=pixels.device)
+            corner = torch.tensor((place.rect.top, place.rect.left))
+            corner = corner.to(pixels.device, non_blocking=True)
             aims = (pixels + corner) + output[index, row, col, classes + 1 :]
             instance[index, row, col] = 1 + _nearest(aims, centres.to(aims))
 
@@ -95,6 +96,12 @@ def merged(
     stuff = kept.gather(1, semantic.flatten(1)).view_as(semantic)
     segments = torch.where(instance > 0, winner, semantic) * SEGMENTS + instance
     return segments.where(here & ((instance > 0) | stuff), VOID)
+
+
+def among(classes: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """bool [count]: which of the first `count` numbers are among `classes`."""
+    named = [number in classes for number in range(count)]
+    return torch.tensor(named).to(device, non_blocking=True)  # the host need not wait for it
 
 
 def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) -> list[Tensor]:
@@ -132,7 +139,7 @@ def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) ->
     for parts in zip(*gather_objects(mine, mesh.spatial), strict=True):
         best = sorted(chain(*parts))[: config.centres]
         points = [(y, x) for _, y, x in best]
-        found.append(torch.tensor(points, dtype=torch.int64, device=heat.device).view(-1, 2))
+        found.append(torch.tensor(points, dtype=torch.int64).view(-1, 2).to(heat.device))
     return found
 
 

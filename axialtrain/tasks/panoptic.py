@@ -29,7 +29,7 @@ from axialtrain.tasks.instances import (
     offsets_to,
     true_segments,
 )
-from axialtrain.tasks.merge import MergeConfig, merged
+from axialtrain.tasks.merge import MergeConfig, among, merged
 from axialtrain.tasks.metrics import (
     STATES,
     confusion_of,
@@ -240,9 +240,7 @@ class Panoptic:
         assert batch.instances is not None, "checked before the run started"
         known = batch.labels < self.config.classes
         labels = batch.labels.long().where(known, IGNORE)
-        is_thing = torch.zeros(IGNORE + 1, dtype=torch.bool, device=labels.device)
-        is_thing[self.config.thing_classes] = True
-        things = is_thing[labels]
+        things = among(self.config.thing_classes, IGNORE + 1, labels.device)[labels]
         ids, end = instance_ids(batch.instances, things, self._mesh)
         return _Truth(labels, known, things, ids, end, _pixel_place(batch).rect)
 

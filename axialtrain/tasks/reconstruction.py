@@ -108,7 +108,7 @@ class Reconstruction:
     def _hidden(self, batch: Batch) -> Tensor:
         samples = [int(sample) for sample in batch.samples]
         hidden = hidden_tokens(batch.place, samples, self.config.hidden, self.seed)
-        return hidden.to(batch.pixels.device)
+        return hidden.to(batch.pixels.device, non_blocking=True)
 
 
 def _patch(output: Tensor, bands: int) -> int:

@@ -60,7 +60,8 @@ class Damages:
         if held_out:
             found = [replace(damage, image=f"validation/{damage.image}") for damage in found]
         self._met += found
-        counts = torch.tensor([len(sample) for sample in batch.faults], device=batch.weight.device)
+        counts = torch.tensor([len(sample) for sample in batch.faults])
+        counts = counts.to(batch.weight.device, non_blocking=True)
         if self._mesh.tensor.size > 1:
             ends = max_over(torch.stack((counts, -counts)).float(), self._mesh.tensor)
             if not torch.equal(ends[0], -ends[1]):

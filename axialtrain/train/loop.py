@@ -183,7 +183,9 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
     size, accumulation = run.config.train.batch, run.loader.accumulation
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     seen = torch.zeros(2, dtype=torch.float64, device=run.device)  # pixels, tokens
-    samples: list[str] = []
+    # What is told of images that are no fillers waits for the step's end: the host does not have to
+    # wait for the device before.
+    images: list[tuple[tuple[str, ...], Tensor]] = []
     shown, fault = 0.0, None
     run.engine.train()
     left = accumulation
@@ -196,8 +198,9 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
         loss = rank_loss(means, run.mesh, batch=size, accumulation=accumulation)
         total += means.detach().sum()
         real = batch.weight > 0
-        seen += torch.stack([batch.present[real].sum(), batch.valid[real].sum()])
-        samples += [name for name, counts in zip(batch.ids, real.tolist(), strict=True) if counts]
+        counts = torch.stack([batch.present.sum((1, 2)), batch.valid.sum((1, 2))])
+        seen += (counts * real).sum(1)
+        images.append((batch.ids, real))
         if not left:
             # Before the last backward, while the step can still be left out: the engine drops a
             # gradient that is not finite, at every ZeRO stage. That of the output: the loss hides
@@ -212,6 +215,12 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
     if fault is None and not math.isfinite(norm):
         fault = NONFINITE
     seen = sum_over(seen, run.mesh.replicas)
+    samples = [
+        name
+        for ids, real in images
+        for name, counted in zip(ids, real.tolist(), strict=True)
+        if counted
+    ]
     return Taken(shown, norm, float(seen[0]), float(seen[1]), fault, samples)
 
 
