@@ -1,13 +1,14 @@
 """Runs a function on several gloo ranks, in processes that are kept alive between tests.
 
-Importing torch costs more than most tests, so the processes stay; each call makes its own process
-group and ends it. The first rank's error is brought back; a rank that hangs is killed.
+Importing torch and DeepSpeed costs more than most tests, so the processes stay, and begin as copies
+of one that has imported them; each call makes its own process group and ends it. The first rank's error is brought back; a rank that hangs is killed.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import inspect
 import os
 import pickle
 import sys
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+IMPORTED = ["axialtrain.train.run"]  # and with it most of what ranks import
 
 
 class RankError(RuntimeError):
@@ -36,7 +38,8 @@ class _Workers:
         self.running: list[tuple[Any, Connection]] = []
 
     def at_least(self, count: int) -> list[tuple[Any, Connection]]:
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         while len(self.running) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -146,6 +149,16 @@ def _run(
         return "error", (time.monotonic(), traceback.format_exc())
     finally:
         dist.destroy_process_group()
+        _forget_zero3()
         # Groups are in cycles of references. Each that is left has a thread of gloo's that wakes a
         # hundred times a second: some hundred of them took more than the tests.
         gc.collect()
+
+
+def _forget_zero3() -> None:
+    """A cache of DeepSpeed's, of a method, keeps each engine of ZeRO 3 that there ever was."""
+    name = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    if name in sys.modules:
+        coordinator = sys.modules[name].PartitionedParameterCoordinator
+        wrapped = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
+        inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
