@@ -3,11 +3,12 @@ a whole layer moves beside its products.
 
 The modules do what that package does: columns and rows see the same input, with projections of
 their own, and are added up; no positions. Forward and backward to the input and all parameters.
+Ours twice: as it is, and with passes computed again in bands, as `train.recompute_band` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -25,18 +26,24 @@ from axialtrain.bench.record import Goal, Result, mib, ms, shown
 from axialtrain.bench.setting import Case, Setting, dtype_name
 from axialtrain.bench.timing import Way
 from axialtrain.grid import Place
+from axialtrain.models.by_band import in_bands
 from axialtrain.models.layer import Layer
 
 GOALS = {"time": Goal(1.0), "memory": Goal(0.5)}
 PACKAGE = "axial_attention"
 WIDTHS = (64, 256, 512, 768)  # D
+BAND = 2048  # tokens
 
 
 class Ours(nn.Module):
-    """Columns plus rows, by two modules that know one pass each."""
+    """Columns plus rows, by two modules that know one pass each.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    band: tokens at a time that a pass is computed for, and again in backward; 0 for all at once.
+    """
+
+    def __init__(self, dim: int, heads: int, band: int = 0) -> None:
         super().__init__()
+        self.band = band
         config = AxialConfig(["col+row"], "sum", share_projections=False, positions="none")
         self.passes = (Pass.COL, Pass.ROW)
         self.attn = nn.ModuleList(
@@ -45,12 +52,28 @@ class Ours(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, D] -> the same."""
-        place, none = Place(x.shape[1], x.shape[2]), x.new_zeros(x.shape[0], 0, x.shape[3])
-        parts = [
-            attn(x, none, place, which)[0]
-            for attn, which in zip(self.attn, self.passes, strict=True)
-        ]
+        none = x.new_zeros(x.shape[0], 0, x.shape[3])
+
+        def attended(number: int, some: Tensor) -> Tensor:
+            place = Place(some.shape[1], some.shape[2])
+            out: Tensor = self.attn[number](some, none, place, self.passes[number])[0]
+            return out
+
+        parts = []
+        for number, which in enumerate(self.passes):
+            along = which.dims[0]
+            across, lines = 3 - along, self.band // (len(x) * x.shape[along])
+            if not self.band:
+                parts.append(attended(number, x))
+                continue
+            sizes = [part.shape[across] for part in x.split(max(1, lines), across)]
+            run = partial(_band, attended, number)
+            parts.append(in_bands(run, x, sizes, across, [self.attn[number]]))
         return parts[0] + parts[1]
+
+
+def _band(attended: Callable[[int, Tensor], Tensor], number: int, some: Tensor, _: int) -> Tensor:
+    return attended(number, some)
 
 
 def missing(setting: Setting) -> list[str]:
@@ -79,7 +102,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def _beside(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str) -> list[Result]:
     heads = max(2, dim // 64)
-    modules: dict[str, nn.Module] = {"ours": Ours(dim, heads)}
+    modules: dict[str, nn.Module] = {"ours": Ours(dim, heads), "in bands": Ours(dim, heads, BAND)}
     if find_spec(PACKAGE):
         from axial_attention import AxialAttention as Package
 
@@ -94,26 +117,25 @@ def _beside(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str
         what = "ours: time, s"
         beside, data = mib(held["ours"]), rounds.seconds | {"bytes": held}
         return [Result(name, what, rounds.median("ours"), None, beside, data)]
-    time = f"{ms(rounds.median('ours'))} against {ms(rounds.median('package'))}"
-    memory = f"{mib(held['ours'])} against {mib(held['package'])}"
-    return [
-        Result(
-            name,
-            "time, of the package's",
-            rounds.ratio("ours", "package"),
-            "time",
-            time,
-            rounds.seconds,
-        ),
-        Result(
-            name,
-            "peak memory, of the package's",
-            held["ours"] / held["package"],
-            "memory",
-            memory,
-            {"bytes": held},
-        ),
-    ]
+    found = []
+    for way, words in (("ours", ""), ("in bands", " in bands")):
+        time = f"{ms(rounds.median(way))} against {ms(rounds.median('package'))}"
+        memory = f"{mib(held[way])} against {mib(held['package'])}"
+        seconds = {key: rounds.seconds[key] for key in (way, "package")}
+        both = {"bytes": {key: held[key] for key in (way, "package")}}
+        ratio = rounds.ratio(way, "package")
+        found += [
+            Result(name, f"time{words}, of the package's", ratio, "time", time, seconds),
+            Result(
+                name,
+                f"peak memory{words}, of the package's",
+                held[way] / held["package"],
+                "memory",
+                memory,
+                both,
+            ),
+        ]
+    return found
 
 
 def _stream(setting: Setting, side: int, dim: int, dtype: torch.dtype, name: str) -> list[Result]:

@@ -14,6 +14,7 @@ from planted_time import Time
 
 from axialtrain.bench import arguments, suites
 from axialtrain.bench.__main__ import main as alone
+from axialtrain.bench.layer import Ours
 from axialtrain.bench.record import Goal, Result
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.bench.timing import ratio
@@ -80,21 +81,39 @@ def test_attention(tmp_path, capsys):
 
 def test_layer(tmp_path):
     record = run("layer", tmp_path)
-    times = [row for row in record["results"] if row["what"] == "time, of the package's"]
-    memory = [row for row in record["results"] if row["what"] == "peak memory, of the package's"]
-    assert len(times) == len(memory) == 2  # dtypes
-    for row in times:
-        assert row["value"] == ratio(row["data"]["ours"], row["data"]["package"])
-    for row in memory:
-        held = row["data"]["bytes"]
-        assert row["value"] == held["ours"] / held["package"]
-        assert held["ours"] >= 12 * 12 * 16 * 2  # what it gives, at least
+    for way, words in (("ours", ""), ("in bands", " in bands")):
+        results = record["results"]
+        times = [row for row in results if row["what"] == f"time{words}, of the package's"]
+        memory = [row for row in results if row["what"] == f"peak memory{words}, of the package's"]
+        assert len(times) == len(memory) == 2  # dtypes
+        for row in times:
+            assert row["value"] == ratio(row["data"][way], row["data"]["package"])
+        for row in memory:
+            held = row["data"]["bytes"]
+            assert row["value"] == held[way] / held["package"]
+            assert held[way] >= 12 * 12 * 16 * 2  # what it gives, at least
     moved = values(record, "bytes of residual stream and norms, of those that must move")
     # Sums of gradients, masks and casts (all of a norm in bf16 on a CPU) come on top of what must.
     assert all(1 < one < 5 for one in moved), moved
     assert len(values(record, "rate at which they move, of a plain copy's")) == len(moved) == 2
     assert record["versions"]["axial-attention"]
     assert record["missing"] == []
+
+
+def test_the_module_in_bands_is_the_same():
+    """13 x 10 tokens in bands of 4 rows or 3 columns, of which some are smaller."""
+    torch.manual_seed(0)
+    whole, bands = Ours(16, 2).double(), Ours(16, 2, band=40).double()
+    bands.load_state_dict(whole.state_dict())
+    x = torch.randn(1, 13, 10, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 13, 10, 16, dtype=torch.float64)
+    want, got = (
+        [out, *torch.autograd.grad(out, (x, *module.parameters()), weight)]
+        for module in (whole, bands)
+        for out in (module(x),)
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_a_layer_without_the_package_stands_alone_and_says_so(tmp_path, monkeypatch):
