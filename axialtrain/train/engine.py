@@ -18,8 +18,7 @@ import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # it will be: here, local ranks share it
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as running_modules
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
@@ -270,7 +269,7 @@ class Engine:
         self._deepspeed.destroy()
         # ZeRO 3 keeps the model on its stack of modules that run, and with it groups and states.
         own = set(self.model.modules())
-        running_modules[:] = [one for one in running_modules if one not in own]
+        FWD_MODULE_STACK[:] = [one for one in FWD_MODULE_STACK if one not in own]
         # ZeRO 3 puts its own there, whose gradients come in another order, also in later engines.
         torch.nn.functional.linear = self._linear
         # It would keep the process groups alive, and answer with them where it is asked before the

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 
 from axialtrain.grid import Layout, Place, Rect
@@ -256,8 +257,9 @@ def one_step(
     return float(sum_over(torch.tensor(shown), axes.replicas)) / axes.replicas.size, norm
 
 
-def linear_afterwards() -> bool:
-    """Whether torch has its own linear again when an engine of stage 3 is closed."""
+def left_afterwards() -> tuple[bool, int]:
+    """Whether torch has its own linear again when an engine of stage 3 is closed, and how many
+    models DeepSpeed then takes for running."""
     axes = Mesh()
     engine = Engine(
         parallelize(build_toy(), axes),
@@ -268,8 +270,7 @@ def linear_afterwards() -> bool:
         accumulation=1,
     )
     engine.close()
-    left: bool = F.linear is torch._C._nn.linear
-    return left
+    return F.linear is torch._C._nn.linear, len(FWD_MODULE_STACK)
 
 
 # --- Our transformer, its MLP in chunks -----------------------------------------------------------

@@ -1,7 +1,8 @@
 """Runs a function on several gloo ranks, in processes that are kept alive between tests.
 
 Importing torch and DeepSpeed costs more than most tests, so the processes stay, and begin as copies
-of one that has imported them; each call makes its own process group and ends it. The first rank's error is brought back; a rank that hangs is killed.
+of one that has imported them; each call makes its own process group and ends it. The first rank's
+error is brought back; a rank that hangs is killed.
 """
 
 from __future__ import annotations
