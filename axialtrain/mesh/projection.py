@@ -34,7 +34,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """x and the others as torch's linear layer would take them where autocast is on."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return [x, *others]
     dtype = torch.get_autocast_dtype(kind)
     return [None if one is None else one.to(dtype) for one in (x, *others)]
@@ -43,7 +43,7 @@ def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Within it autocast is off on x's device, where there is one: not on meta."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if kind == "meta":
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 
