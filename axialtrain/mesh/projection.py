@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Numbers of the widest tensor of a chunk: on a CPU it stays in the cache, on a GPU it fills it.
-CHUNK = {"cpu": 2**19, "cuda": 2**27}
-LEAST = 256  # tokens of a chunk: below, products are no longer at their full rate
+CHUNK = {"cpu": 2**20, "cuda": 2**27}
+LEAST = 512  # tokens of a chunk: below, products are no longer at their full rate
 
 Arithmetic = Callable[..., Any]  # (x, weight, bias, ...) -> what the layer gives
 
