@@ -61,11 +61,11 @@ class Ours(nn.Module):
 
         parts = []
         for number, which in enumerate(self.passes):
-            along = which.dims[0]
-            across, lines = 3 - along, self.band // (len(x) * x.shape[along])
             if not self.band:
                 parts.append(attended(number, x))
                 continue
+            along = which.dims[0]
+            across, lines = 3 - along, self.band // (len(x) * x.shape[along])
             sizes = [part.shape[across] for part in x.split(max(1, lines), across)]
             run = partial(_band, attended, number)
             parts.append(in_bands(run, x, sizes, across, [self.attn[number]]))
@@ -73,7 +73,7 @@ class Ours(nn.Module):
 
 
 def _band(attended: Callable[[int, Tensor], Tensor], number: int, some: Tensor, _: int) -> Tensor:
-    return attended(number, some)
+    return attended(number, some)  # backward runs it again, when the loop's `number` is another one
 
 
 def missing(setting: Setting) -> list[str]:

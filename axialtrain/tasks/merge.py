@@ -139,8 +139,8 @@ def find_centres(heat: Tensor, place: Place, config: MergeConfig, mesh: Mesh) ->
     for parts in zip(*gather_objects(mine, mesh.spatial), strict=True):
         best = sorted(chain(*parts))[: config.centres]
         points = [(y, x) for _, y, x in best]
-        found.append(torch.tensor(points, dtype=torch.int64).view(-1, 2).to(heat.device))
-    return found
+        found.append(torch.tensor(points, dtype=torch.int64).view(-1, 2))
+    return [centres.to(heat.device, non_blocking=True) for centres in found]
 
 
 def _nearest(aims: Tensor, centres: Tensor) -> Tensor:

@@ -268,6 +268,7 @@ class Engine:
         """Take DeepSpeed's hooks off the model, and let its globals forget the mesh."""
         self._deepspeed.destroy()
         # ZeRO 3 keeps the model on its stack of modules that run, and with it groups and states.
+        # What a cache of its coordinator keeps (`__params_to_release`) stays with the process.
         own = set(self.model.modules())
         FWD_MODULE_STACK[:] = [one for one in FWD_MODULE_STACK if one not in own]
         # ZeRO 3 puts its own there, whose gradients come in another order, also in later engines.

@@ -183,8 +183,8 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
     size, accumulation = run.config.train.batch, run.loader.accumulation
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     seen = torch.zeros(2, dtype=torch.float64, device=run.device)  # pixels, tokens
-    # What is told of images that are no fillers waits for the step's end: the host does not have to
-    # wait for the device before.
+    # Names and weights of the images, read when the step is done: here the host would have to wait
+    # for the device.
     images: list[tuple[tuple[str, ...], Tensor]] = []
     shown, fault = 0.0, None
     run.engine.train()

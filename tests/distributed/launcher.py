@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,10 @@ class _Workers:
         while len(self.running) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            # At the first start the server imports: with a GPU here, DeepSpeed would ask for it,
+            # and copies could not use it. Ranks of tests are on the CPU.
+            with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+                process.start()
             theirs.close()
             self.running.append((process, ours))
         return self.running[:count]

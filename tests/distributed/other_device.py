@@ -38,7 +38,10 @@ Run = Callable[..., Any]  # (function of a module, its keywords) -> what it give
 
 _MOVES = ("aten::_to_copy", "aten::copy_")
 # What tells the host something of numbers on the device, or sizes of what depends on them.
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+_WAITS = (
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select",
+    "aten::bincount", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave",
+)  # fmt: skip
 _PACKAGE = f"{Path(axialtrain.__file__).parent}/"
 
 
@@ -48,7 +51,13 @@ def a_process() -> Iterator[Run]:
     with ProcessPoolExecutor(1, get_context("spawn"), begin) as pool:
 
         def run(fn: Callable[..., Any], **kwargs: Any) -> Any:
-            return pool.submit(fn, **kwargs).result(TIMEOUT)
+            try:
+                return pool.submit(fn, **kwargs).result(TIMEOUT)
+            except TimeoutError:
+                # Or the tests' end would wait for it. Those that follow are told that it died.
+                for process in pool._processes.values():
+                    process.kill()
+                raise
 
         yield run
 
@@ -151,7 +160,7 @@ def _check(name: str, given: list[Tensor]) -> None:
 
 def _by_mask(name: str, args: Any) -> bool:
     """Whether the size of what is indexed depends on numbers."""
-    if name != "aten::index":
+    if name not in ("aten::index", "aten::index_put", "aten::index_put_"):
         return False
     return any(index is not None and index.dtype is torch.bool for index in args[1])
 
@@ -171,7 +180,8 @@ def _where() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_PACKAGE):
-            return f"{file.removeprefix(_PACKAGE)}:{frame.f_code.co_name}"
+        name = frame.f_code.co_name
+        if file.startswith(_PACKAGE) and not name.startswith("<"):  # a comprehension's
+            return f"{file.removeprefix(_PACKAGE)}:{name}"
         frame = frame.f_back
     return "backward"

@@ -7,20 +7,26 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from distributed.other_device import DEVICE, Elsewhere, Tensors, elsewhere, home
 from distributed.panoptic_ranks import a_config, a_scene, an_output
 from distributed.task_ranks import CLASSES, IMAGES, Case, Images, a_run, whole_images
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from axialtrain.attention import kernels
 from axialtrain.attention.config import AxialConfig
+from axialtrain.bench.peak import Peak
 from axialtrain.data.batch import Batch
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance
 from axialtrain.models.conv_config import AxialDeepLabConfig, AxialResNetConfig
 from axialtrain.models.deeplab import AxialDeepLab, PanopticDeepLab
+from axialtrain.models.heads import Classifier
 from axialtrain.models.layer import Layer
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
@@ -136,6 +142,35 @@ def convolutional(*, masked: bool) -> Beside:
     model = PanopticDeepLab(AxialDeepLab(config), CLASSES)
     inputs = [_drawn(2, 64, 96, 3)] + [_mask(2, 4, 6, share=0.7)] * masked
     return beside(model, inputs, lambda module, given: (module(*given),))
+
+
+def held_by_a_step(config: AxialTransformerConfig, kept: Recompute, side: int) -> int:
+    """Bytes at once of a step in bf16 on one image of side x side px that has a class, the weights
+    apart. The pixels are on the host. On the device are sizes alone, and no numbers, so that it may
+    be a gigapixel."""
+    with torch.device("meta"):
+        model = Classifier(AxialTransformer(config), CLASSES, "mean")
+    model.backbone.recompute = kept
+    across = side // config.patch_px
+    limits = mock.patch.dict(kernels.LIMITS, {DEVICE.type: kernels.LIMITS["cuda"]})
+    with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention", _flash), limits:
+        for one in model.modules():
+            for name, parameter in one._parameters.items():
+                if parameter is not None:
+                    own = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
+                    one._parameters[name] = nn.Parameter(own)
+        pixels = torch.empty(1, side, side, config.bands, dtype=torch.bfloat16)
+        with Peak() as peak:
+            logits = model(pixels, None, Place(across, across))
+            target = torch.zeros(1, dtype=torch.long, device=DEVICE)
+            F.cross_entropy(logits.float(), target).backward()
+    return peak.bytes
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: None, scale: float) -> Tensor:
+    """What a GPU takes: elsewhere torch knows but the formula."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    return out
 
 
 # --- Tasks ----------------------------------------------------------------------------------------

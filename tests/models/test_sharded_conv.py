@@ -42,7 +42,9 @@ def serial(name: str) -> dict[str, Any]:
         for name in CASES
         for mesh in MESHES
         if name in ("classification", "panoptic") or mesh == (1, 2, 3)
-    ],
+    ]
+    # Of two data ranks one has a filler and with it a mask, and the other has none.
+    + [pytest.param("all valid", (2, 1, 1), marks=pytest.mark.slow)],
 )
 def test_a_step_is_that_of_one_process(name, mesh):
     whole = serial(name)

@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_then_or_later(mesh):
 
 def test_an_engine_leaves_torch_as_it_was():
     """Or a process would have its gradients in another order than its peers, which ZeRO 2 adds up
-    in the order of their coming. And what DeepSpeed keeps of a model stays for ever."""
+    in the order of their coming. And DeepSpeed must keep nothing of the model on its stack."""
     assert run_ranks(left_afterwards, 1) == [(True, 0)]
 
 
