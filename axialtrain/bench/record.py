@@ -173,12 +173,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu() -> str:
+    """Its name, and what it calculates with: in bf16 ratios are others where it can."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    name = names[0] if names else platform.machine()
+    able = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {able}" + " and bf16" * bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
 def new_file(out: Path) -> Path:

@@ -31,10 +31,16 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocasts(kind: str) -> bool:
+    """Whether devices of this kind have autocast. So does torch's `is_autocast_available`, which
+    the compiler of torch 2.11 cannot trace."""
+    return kind != "meta"
+
+
 def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """x and the others as torch's linear layer would take them where autocast is on."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not autocasts(kind) or not torch.is_autocast_enabled(kind):
         return [x, *others]
     dtype = torch.get_autocast_dtype(kind)
     return [None if one is None else one.to(dtype) for one in (x, *others)]
@@ -43,7 +49,7 @@ def autocasted(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Within it autocast is off on x's device, where there is one: not on meta."""
     kind = x.device.type
-    if kind == "meta":
+    if not autocasts(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 

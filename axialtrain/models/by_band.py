@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from axialtrain.mesh.projection import Sum
+from axialtrain.mesh.projection import Sum, autocasts
 
 Run = Callable[[Tensor, int], Tensor]  # (a band, its number) -> what it gives
 
@@ -93,7 +93,7 @@ def _parts(
 def _casts(*tensors: Tensor) -> Callable[[], AbstractContextManager[Any]]:
     """Of what is computed again: autocast as it is now, where the model is."""
     kind = tensors[-1].device.type
-    if not torch.amp.is_autocast_available(kind):
+    if not autocasts(kind):
         return nullcontext
     on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype, enabled=on)

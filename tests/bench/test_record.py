@@ -108,3 +108,18 @@ def test_a_part_of_a_page_is_replaced_and_nothing_else(tmp_path):
             ValueError, match=r"--page .*page\.md: allowed is a page with the lines"
         ):
             part(page, "<b>", "</b>", key="--page")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("fpu avx2", "A CPU, AVX2"),
+        ("fpu avx512_bf16 avx2", "A CPU, AVX2 and bf16"),
+        ("fpu amx_bf16x", "A CPU, AVX2"),
+    ],
+)
+def test_a_record_says_what_a_cpu_calculates_with(monkeypatch, flags, says):
+    cpus = f"processor : 0\nmodel name : A CPU\nflags : {flags}\n" * 2
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: cpus)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert machine(CPU)["cpu"] == says

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axialtrain.mesh import projection
-from axialtrain.mesh.projection import Sum, chunks, project
+from axialtrain.mesh.projection import Sum, autocasts, chunks, project
 
 BF16 = torch.bfloat16
 
@@ -99,3 +99,8 @@ def test_a_sum_of_bf16_gradients_is_added_up_in_fp32():
     for _ in range(1000):
         total.add(torch.ones(1, dtype=BF16))
     assert float(total.total()) == 1000  # in bf16 it would stay at 256
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "meta"])
+def test_what_has_autocast_is_what_torch_says(kind):
+    assert autocasts(kind) == torch.amp.is_autocast_available(kind)

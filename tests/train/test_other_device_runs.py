@@ -10,6 +10,8 @@ from distributed.task_ranks import ACCUMULATION, Case
 
 from axialtrain.models.recompute import Recompute
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     Case("segmentation", (5, 6), options=(("drop_path", 0.3),)),
     Case("reconstruction", (5, 6), ("col+row",), (("skip_axis", 0.5),)),
