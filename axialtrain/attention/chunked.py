@@ -16,6 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from axialtrain.attention.bias import Bias, BiasOf
 
+# 16-bit dtypes, and what a CPU must be able to do so that products in them are faster than in fp32.
+# torch tells by these names (`torch.cpu.get_capabilities`), which are those of x86.
+ARITHMETIC = {torch.bfloat16: ("avx512_bf16", "amx_bf16")}
+
 # Logits that exist at a time on a CPU: what its caches hold (2 MB in fp32).
 CPU_CHUNK = 2**19
 
@@ -30,7 +34,11 @@ def attend_in_chunks(
     scale: float,
     chunk: int,
 ) -> Tensor:
-    """softmax(q k^T scale + bias) v; computed in fp32 at least, and rounded to q's dtype once.
+    """softmax(q k^T scale + bias) v; logits and softmax in fp32 at least, backward too.
+
+    Products with weights or with gradients of logits take these as `products_dtype` says: in fp32
+    at least, and what comes out is rounded to q's dtype once; or rounded to q's dtype before, as
+    FlashAttention does (arXiv 2205.14135), and added up in fp32.
 
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K], in any order in memory. mask: bool [B, X, L], with
     a key in every line. bias: of the last keys; those before (of a prefix) have none. chunk: how
@@ -40,6 +48,21 @@ def attend_in_chunks(
     tables, of = ((), None) if bias is None else (bias.tables, bias.of)
     out: Tensor = _Chunks.apply(q, k, v, mask, scale, chunk, of, *tables)
     return out
+
+
+@torch.compiler.assume_constant_result
+def _cpu_can(names: tuple[str, ...]) -> bool:
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in names)
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with weights: x's own where the machine has arithmetic in it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    names = ARITHMETIC.get(x.dtype, ())
+    if not names or x.device.type != "cpu":  # elsewhere it was not measured
+        return wide
+    return x.dtype if _cpu_can(names) else wide
 
 
 class _Sizes(NamedTuple):
@@ -78,10 +101,11 @@ class _Chunks(torch.autograd.Function):
         walk, out = _Walk(q, k, mask, scale, chunk, of, tables), torch.empty_like(q)
         with torch.autocast(q.device.type, enabled=False):
             for here in walk.lines():
-                q1, k1, v1 = (_folded(x[here]) for x in (q, k, v))
+                q1, k1 = (walk.wide(x[here]) for x in (q, k))
+                v1 = walk.folded(v[here])
                 for start, stop in walk.queries():
                     weights, _ = walk.weights(q1[:, start:stop], k1, here, start, stop)
-                    _put(out[here], start, stop, weights @ v1)
+                    _put(out[here], start, stop, walk.rounded(weights) @ v1)
         return out
 
     @staticmethod
@@ -93,23 +117,28 @@ class _Chunks(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             for here in walk.lines():
-                q1, k1, v1, g1 = (_folded(x[here]) for x in (q, k, v, grad))
+                # For products with weights, and for logits and their gradients.
+                q1, k1, g1 = (walk.folded(x[here]) for x in (q, k, grad))
+                q2, k2, g2 = (x.to(walk.dtype) for x in (q1, k1, g1))
+                v2 = walk.wide(v[here])
                 sums: tuple[Tensor, Tensor] | None = None  # gradients of keys and values
                 for start, stop in walk.queries():
-                    q2, g2 = q1[:, start:stop], g1[:, start:stop]
-                    weights, spare = walk.weights(q2, k1, here, start, stop)
-                    of_v = weights.transpose(1, 2) @ g2
-                    torch.bmm(g2, v1.transpose(1, 2), out=spare)
+                    now = slice(start, stop)
+                    weights, spare = walk.weights(q2[:, now], k2, here, start, stop)
+                    of_v = walk.rounded(weights).transpose(1, 2) @ g1[:, now]
+                    torch.bmm(g2[:, now], v2.transpose(1, 2), out=spare)
                     # In place: a row's sum is taken before its entries are written.
                     logits = torch.ops.aten._softmax_backward_data.out(
                         spare, weights, -1, spare.dtype, grad_input=spare
                     )
                     walk.learn(logits, start, stop)
-                    _put(dq[here], start, stop, (logits @ k1).mul_(scale))
-                    of_k = (logits.transpose(1, 2) @ q2).mul_(scale)
-                    sums = (
-                        (of_k, of_v) if sums is None else (sums[0].add_(of_k), sums[1].add_(of_v))
-                    )
+                    rounded = walk.rounded(logits)
+                    _put(dq[here], start, stop, _product(rounded, k1, scale))
+                    of_k = _product(rounded.transpose(1, 2), q1[:, now], scale)
+                    if sums is None:
+                        sums = of_k.to(walk.dtype), of_v.to(walk.dtype)
+                    else:
+                        sums = sums[0].add_(of_k), sums[1].add_(of_v)
                 assert sums is not None
                 for x, total in zip((dk, dv), sums, strict=True):
                     _put(x[here], 0, x.shape[2], total)
@@ -117,7 +146,10 @@ class _Chunks(torch.autograd.Function):
 
 
 class _Walk:
-    """The way through the chunks of a call, and the two buffers that they share."""
+    """The way through the chunks of a call, and the buffers that they share.
+
+    dtype: of logits. products: of the products with weights, see `products_dtype`.
+    """
 
     def __init__(
         self,
@@ -133,9 +165,12 @@ class _Walk:
         self.keys, self.mask, self.scale = k.shape[2], mask, scale
         self.of, self.tables = of, tables
         self.sizes = _sizes(q, k, chunk)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.products = products_dtype(q)
         size = self.sizes.images * self.sizes.lines * self.sizes.queries * self.heads * self.keys
-        self.buffers = [torch.empty(size, dtype=wide, device=q.device) for _ in range(2)]
+        self.buffers = [torch.empty(size, dtype=self.dtype, device=q.device) for _ in range(2)]
+        narrow = self.products is not self.dtype
+        self.narrow = torch.empty(size, dtype=self.products, device=q.device) if narrow else None
         # Of whole lines the bias is one for all chunks, and its gradient is added up over them.
         self.whole = self.sizes.queries == self.length
         self.bias = of(tables, 0, self.length) if of is not None and self.whole else None
@@ -153,6 +188,20 @@ class _Walk:
     def queries(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.length, self.sizes.queries):
             yield start, min(start + self.sizes.queries, self.length)
+
+    def folded(self, x: Tensor) -> Tensor:
+        """[b, x, L, N, K] -> [b x N, L, K] as products with weights take it."""
+        return _folded(x, self.products)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The same as logits take it."""
+        return _folded(x, self.dtype)
+
+    def rounded(self, weights: Tensor) -> Tensor:
+        """Weights as their products take them: themselves, or what stays until the next call."""
+        if self.narrow is None:
+            return weights
+        return self.narrow[: weights.numel()].view(weights.shape).copy_(weights)
 
     def weights(
         self, q: Tensor, k: Tensor, here: tuple[slice, slice], start: int, stop: int
@@ -201,13 +250,18 @@ class _Walk:
         self.of_tables = tuple(x + y for x, y in zip(before, found, strict=True))
 
 
-def _folded(x: Tensor) -> Tensor:
-    """[b, x, L, N, K] -> [b x N, L, K] in fp32 at least: a view where memory allows."""
+def _folded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[b, x, L, N, K] -> [b x N, L, K] in this dtype: a view where memory allows."""
     x = x.transpose(2, 3)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype != wide:
-        x = x.to(wide, memory_format=torch.contiguous_format)
+    if x.dtype != dtype:
+        x = x.to(dtype, memory_format=torch.contiguous_format)
     return x.flatten(0, 2)
+
+
+def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x y scale, rounded once. x: [M, I, J], y: [M, J, K]."""
+    out = x.new_empty(x.shape[0], x.shape[1], y.shape[2])
+    return torch.baddbmm(out, x, y, beta=0, alpha=scale, out=out)
 
 
 def _put(out: Tensor, start: int, stop: int, values: Tensor) -> None:

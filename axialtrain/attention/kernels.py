@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from axialtrain.attention.chunked import products_dtype
 from axialtrain.attention.config import BIASED_KERNELS, FLEX_WIDTH, KERNELS
 
 
@@ -26,10 +27,15 @@ class Limits:
 LIMITS = {"cuda": Limits(batch=2**16 - 1, heads=2**16 - 1, elements=2**31 - 1)}
 
 # On a CPU, where fused kernels are slow: the most keys of a line, of all heads. In fp32 fused ones
-# are the fastest at all lengths; in 16 bits their backward is slow, and chunks are faster until
-# they have so few queries that widening all keys is most of the work: at 8 heads of 4096 keys they
-# are, at 8 of 16384 not.
+# copy nothing and are the fastest at most lengths; in 16 bits their backward is slow, and chunks
+# are faster until they have so few queries that widening all keys is most of the work: at 8 heads
+# of 4096 keys they are, at 8 of 16384 not.
 CPU_CHUNKS = {torch.bfloat16: 2**15, torch.float16: 2**15}
+
+# The same of each head, where the CPU has arithmetic in 16 bits, which fused kernels use, too: of
+# their time chunks took 0.5 at 64 and 128 keys, 0.8 at 256, 0.94 at 512 and 1.15 at 1024, with 2
+# and with 8 heads.
+CPU_CHUNKS_IN_16_BITS = 2**9
 
 
 # With a learned bias: the dtypes that FlexAttention has kernels for, by device, for heads of
@@ -51,10 +57,13 @@ def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto", *, biased: bool = Fal
         return _biased(q, kernel)
     if kernel != "auto":
         return kernel
-    most = CPU_CHUNKS.get(q.dtype, 0) if q.device.type == "cpu" else 0
     # Traced, a chunk is a part of the graph: a compiled layer takes the one fused call.
-    slow = k.shape[2] * k.shape[3] <= most and not torch.compiler.is_compiling()
-    return "chunks" if slow else "fused"
+    if q.device.type != "cpu" or q.dtype not in CPU_CHUNKS or torch.compiler.is_compiling():
+        return "fused"
+    keys, heads = k.shape[2:4]
+    if products_dtype(q) is q.dtype:
+        return "chunks" if keys <= CPU_CHUNKS_IN_16_BITS else "fused"
+    return "chunks" if keys * heads <= CPU_CHUNKS[q.dtype] else "fused"
 
 
 def _biased(q: Tensor, kernel: str) -> str:

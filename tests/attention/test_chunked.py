@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from axialtrain.attention.axis import attend
+from axialtrain.attention.chunked import attend_in_chunks, products_dtype
 from axialtrain.attention.kernels import LIMITS, Limits, kernel_for, lines_at_a_time
 
 SHAPE = (2, 3, 5, 2, 4)  # B, H, W, N, K
@@ -56,11 +57,23 @@ def test_gradcheck(monkeypatch, biased, chunk, dim):
     assert torch.autograd.gradcheck(run, given)
 
 
+@pytest.fixture
+def no_bf16(monkeypatch):
+    """A CPU without arithmetic in bf16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """One that says it has it: products are in bf16 on every machine, only slower on some."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
 @DIMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_16_bits_are_rounded_once(masked, dtype, dim):
-    """On a CPU they are computed in fp32: nothing but the results is rounded."""
+def test_16_bits_are_rounded_once(masked, dtype, dim, no_bf16):
+    """Computed in fp32: nothing but the results is rounded."""
     given = [x.detach().to(dtype).requires_grad_() for x in triple(*SHAPE)]
     mask = some(*SHAPE[:3]) if masked else None
     out = attend(*given, dim, key_mask=mask)
@@ -73,6 +86,98 @@ def test_16_bits_are_rounded_once(masked, dtype, dim):
     for one, other in zip((out, *grads), (want, *wanted), strict=True):
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), other, rtol=eps, atol=1e-6 + 0.01 * eps)
+
+
+@DIMS
+@pytest.mark.parametrize("chunk", [35, 170, 2**22], ids=["queries", "lines", "all"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_in_bf16_weights_are_rounded_before_their_products_and_nothing_else(
+    masked, chunk, dim, bf16, monkeypatch
+):
+    """Bounds to which rounding to the nearest keeps, entry by entry, whatever the numbers are.
+
+    With logits in bf16, as the plain formula has them, results are outside of them.
+    """
+    monkeypatch.setattr(CHUNK, chunk)
+    monkeypatch.setattr(WORTH, 0.0)
+    scale, half = 3.0, 2.0**-8  # a scale that makes logits large; half of bf16's last digit
+    given = [x.detach().bfloat16().requires_grad_() for x in triple(*SHAPE)]
+    mask = some(*SHAPE[:3]) if masked else None
+    weight = tokens(*SHAPE, seed=9).detach().bfloat16()
+    out = attend(*given, dim, key_mask=mask, scale=scale, kernel="chunks")
+    found = (out, *torch.autograd.grad(out, given, weight))
+
+    exact = [x.detach().double().requires_grad_() for x in given]
+    want = formula(*exact, line(dim), mask=mask, scale=scale)
+    wanted = (want, *torch.autograd.grad(want, exact, weight.double()))
+    # [B, X, N, L, K] each, lines along memory; of lines without a key everything is zero.
+    q, k, v, g = (
+        (x if dim == 2 else x.transpose(1, 2)).transpose(2, 3)
+        for x in (*(x.detach().double() for x in given), weight.double())
+    )
+    logits = scale * q @ k.transpose(-1, -2)
+    if mask is not None:
+        keys = mask if dim == 2 else mask.transpose(1, 2)
+        logits = logits.masked_fill(~keys[:, :, None, None], -torch.inf)
+    weights = logits.softmax(-1).nan_to_num()
+    slopes = g @ v.transpose(-1, -2)
+    slopes = (weights * (slopes - (weights * slopes).sum(-1, keepdim=True))).abs()
+    sums = (
+        weights @ v.abs(),
+        scale * slopes @ k.abs(),
+        scale * slopes.transpose(-1, -2) @ q.abs(),
+        weights.transpose(-1, -2) @ g.abs(),
+    )
+    # Of keys and values, what each chunk of queries gives is rounded before it is added up.
+    partial = chunk < SHAPE[3] * SHAPE[dim] ** 2
+    for i, (one, other, rounded) in enumerate(zip(found, wanted, sums, strict=True)):
+        bound = rounded.transpose(2, 3)
+        bound = bound if dim == 2 else bound.transpose(1, 2)
+        bound = half * bound * (2.0 if partial and i > 1 else 1.0)
+        bound = bound + half * (other.abs() + bound) + 1e-5
+        assert one.dtype is torch.bfloat16
+        assert ((one.double() - other).abs() <= bound).all()
+
+
+def test_what_chunks_of_queries_give_is_added_up_in_fp32(bf16):
+    """600 halves: in bf16 they would stay at 128, to which a half adds nothing."""
+    q = torch.zeros(1, 1, 600, 1, 2, dtype=torch.bfloat16)
+    k = torch.zeros(1, 1, 2, 1, 2, dtype=torch.bfloat16)
+    v = k.clone().requires_grad_()
+    out = attend_in_chunks(q, k, v, mask=None, bias=None, scale=1.0, chunk=2)
+    (got,) = torch.autograd.grad(out.sum(), v)
+    assert torch.equal(got, torch.full_like(got, 300.0))
+
+
+def test_compiled_products_in_bf16_are_one_graph_with_the_same_bits(bf16):
+    given = [x.detach().bfloat16().requires_grad_() for x in triple(*SHAPE)]
+    weight = tokens(*SHAPE, seed=9).detach().bfloat16()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, 2, kernel="chunks")
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for one, other in zip(
+        *(
+            (out, *torch.autograd.grad(out, given, weight))
+            for out in (compiled(*given), run(*given))
+        ),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_products_are_in_bf16_where_the_cpu_says_so(monkeypatch):
+    narrow, wide = torch.bfloat16, torch.float32
+    one = torch.empty(1)
+    for able, dtype in (({}, wide), ({"avx512_bf16": True}, narrow), ({"amx_bf16": True}, narrow)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert products_dtype(one.bfloat16()) is dtype
+        assert products_dtype(one.half()) is wide
+        assert products_dtype(one) is wide
+        assert products_dtype(one.double()) is torch.float64
+        assert products_dtype(one.bfloat16().to("meta")) is wide
 
 
 @DIMS
@@ -143,7 +248,7 @@ def test_what_a_gpu_takes_in_one_call():
         del LIMITS["meta"]
 
 
-def test_the_kernel_of_each_dtype_and_device():
+def test_the_kernel_of_each_dtype_and_device(no_bf16):
     wide, narrow = torch.empty(1, 2, 3, 1, 4), torch.empty(1, 2, 3, 1, 4, dtype=torch.bfloat16)
     assert kernel_for(wide, wide) == "fused"
     assert kernel_for(narrow, narrow) == "chunks"
@@ -157,6 +262,15 @@ def test_the_kernel_of_each_dtype_and_device():
         ValueError, match=r"kernel='flash': allowed are \['auto', 'fused', 'chunks'"
     ):
         kernel_for(wide, wide, "flash")
+
+
+def test_the_kernel_where_a_cpu_calculates_in_bf16(bf16):
+    for dtype, most in ((torch.bfloat16, 512), (torch.float16, 2**14)):
+        q = torch.empty(1, 2, 3, 2, 4, dtype=dtype)
+        for keys, kernel in ((1, "chunks"), (most, "chunks"), (most + 1, "fused")):
+            assert kernel_for(q, q[:, :1, :1].expand(1, 1, keys, 2, 4)) == kernel
+    many = torch.empty(1, 1, 256, 16, 4, dtype=torch.bfloat16)
+    assert kernel_for(many, many) == "chunks"  # whatever the number of heads
 
 
 COPIES = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::index_select")
