@@ -37,8 +37,9 @@ def attend_in_chunks(
     """softmax(q k^T scale + bias) v; logits and softmax in fp32 at least, backward too.
 
     Products with weights or with gradients of logits take these as `products_dtype` says: in fp32
-    at least, and what comes out is rounded to q's dtype once; or rounded to q's dtype before, as
-    FlashAttention does (arXiv 2205.14135), and added up in fp32.
+    at least, and what comes out is rounded once; or rounded to q's dtype before, as FlashAttention
+    does (arXiv 2205.14135). Of a line in several chunks of queries, each chunk's share of the
+    gradients of keys and values is then rounded, too; shares are added up in fp32.
 
     q: [B, X, Lq, N, K]; k, v: [B, X, L, N, K], in any order in memory. mask: bool [B, X, L], with
     a key in every line. bias: of the last keys; those before (of a prefix) have none. chunk: how
@@ -56,13 +57,15 @@ def _cpu_can(names: tuple[str, ...]) -> bool:
     return any(able.get(name) for name in names)
 
 
-def products_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with weights: x's own where the machine has arithmetic in it."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    names = ARITHMETIC.get(x.dtype, ())
-    if not names or x.device.type != "cpu":  # elsewhere it was not measured
+def products_dtype(q: Tensor, *others: Tensor) -> torch.dtype:
+    """The dtype of products with weights: q's own where all have it, and the CPU has arithmetic in
+    it; fp32 at least elsewhere."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    names = ARITHMETIC.get(q.dtype, ())
+    if not names or q.device.type != "cpu":  # elsewhere it was not measured
         return wide
-    return x.dtype if _cpu_can(names) else wide
+    alike = all(x.dtype is q.dtype for x in others)
+    return q.dtype if alike and _cpu_can(names) else wide
 
 
 class _Sizes(NamedTuple):
@@ -98,7 +101,7 @@ class _Chunks(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, *tables)
         ctx.scale, ctx.chunk, ctx.of = scale, chunk, of
-        walk, out = _Walk(q, k, mask, scale, chunk, of, tables), torch.empty_like(q)
+        walk, out = _Walk(q, k, v, mask, scale, chunk, of, tables), torch.empty_like(q)
         with torch.autocast(q.device.type, enabled=False):
             for here in walk.lines():
                 q1, k1 = (walk.wide(x[here]) for x in (q, k))
@@ -113,7 +116,7 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *tables = ctx.saved_tensors
         scale = ctx.scale
-        walk = _Walk(q, k, mask, scale, ctx.chunk, ctx.of, tuple(tables))
+        walk = _Walk(q, k, v, mask, scale, ctx.chunk, ctx.of, tuple(tables))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             for here in walk.lines():
@@ -155,6 +158,7 @@ class _Walk:
         self,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         mask: Tensor | None,
         scale: float,
         chunk: int,
@@ -166,7 +170,7 @@ class _Walk:
         self.of, self.tables = of, tables
         self.sizes = _sizes(q, k, chunk)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.products = products_dtype(q)
+        self.products = products_dtype(q, k, v)
         size = self.sizes.images * self.sizes.lines * self.sizes.queries * self.heads * self.keys
         self.buffers = [torch.empty(size, dtype=self.dtype, device=q.device) for _ in range(2)]
         narrow = self.products is not self.dtype

@@ -27,7 +27,7 @@ class Limits:
 LIMITS = {"cuda": Limits(batch=2**16 - 1, heads=2**16 - 1, elements=2**31 - 1)}
 
 # On a CPU, where fused kernels are slow: the most keys of a line, of all heads. In fp32 fused ones
-# copy nothing and are the fastest at most lengths; in 16 bits their backward is slow, and chunks
+# copy nothing, and chunks are not faster everywhere; in 16 bits their backward is slow, and chunks
 # are faster until they have so few queries that widening all keys is most of the work: at 8 heads
 # of 4096 keys they are, at 8 of 16384 not.
 CPU_CHUNKS = {torch.bfloat16: 2**15, torch.float16: 2**15}
@@ -61,7 +61,7 @@ def kernel_for(q: Tensor, k: Tensor, kernel: str = "auto", *, biased: bool = Fal
     if q.device.type != "cpu" or q.dtype not in CPU_CHUNKS or torch.compiler.is_compiling():
         return "fused"
     keys, heads = k.shape[2:4]
-    if products_dtype(q) is q.dtype:
+    if products_dtype(q, k) is q.dtype:
         return "chunks" if keys <= CPU_CHUNKS_IN_16_BITS else "fused"
     return "chunks" if keys * heads <= CPU_CHUNKS[q.dtype] else "fused"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from formulas import assert_agree, formula, line, line_bias, some, tokens, triple
 from peak import Peak
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axialtrain.attention.axis import attend
 from axialtrain.attention.chunked import attend_in_chunks, products_dtype
@@ -89,37 +92,45 @@ def test_16_bits_are_rounded_once(masked, dtype, dim, no_bf16):
 
 
 @DIMS
-@pytest.mark.parametrize("chunk", [35, 170, 2**22], ids=["queries", "lines", "all"])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 24, 40, 2, 64)], ids=["small", "large"])
+@pytest.mark.parametrize("lines", [0.4, 2.0, 100.0], ids=["queries", "lines", "all"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_in_bf16_weights_are_rounded_before_their_products_and_nothing_else(
-    masked, chunk, dim, bf16, monkeypatch
+    masked, lines, shape, dim, bf16, monkeypatch
 ):
     """Bounds to which rounding to the nearest keeps, entry by entry, whatever the numbers are.
 
-    With logits in bf16, as the plain formula has them, results are outside of them.
+    With logits in bf16, as the plain formula has them, results are outside of them. Large products
+    are those that torch gives to oneDNN.
     """
-    monkeypatch.setattr(CHUNK, chunk)
+    monkeypatch.setattr(CHUNK, int(lines * shape[3] * shape[dim] ** 2))
     monkeypatch.setattr(WORTH, 0.0)
-    scale, half = 3.0, 2.0**-8  # a scale that makes logits large; half of bf16's last digit
-    given = [x.detach().bfloat16().requires_grad_() for x in triple(*SHAPE)]
-    mask = some(*SHAPE[:3]) if masked else None
-    weight = tokens(*SHAPE, seed=9).detach().bfloat16()
+    # A scale that makes logits large; half of bf16's last digit.
+    scale, half = 6.0 * shape[4] ** -0.5, 2.0**-8
+    given = [x.detach().bfloat16().requires_grad_() for x in triple(*shape)]
+    mask = some(*shape[:3]) if masked else None
+    weight = tokens(*shape, seed=9).detach().bfloat16()
     out = attend(*given, dim, key_mask=mask, scale=scale, kernel="chunks")
     found = (out, *torch.autograd.grad(out, given, weight))
 
     exact = [x.detach().double().requires_grad_() for x in given]
-    want = formula(*exact, line(dim), mask=mask, scale=scale)
-    wanted = (want, *torch.autograd.grad(want, exact, weight.double()))
-    # [B, X, N, L, K] each, lines along memory; of lines without a key everything is zero.
+    # [B, X, N, L, K] each: lines along memory. The formula of other tests is slow for many tokens.
     q, k, v, g = (
-        (x if dim == 2 else x.transpose(1, 2)).transpose(2, 3)
-        for x in (*(x.detach().double() for x in given), weight.double())
+        (x if dim == 2 else x.transpose(1, 2)).transpose(2, 3) for x in (*exact, weight.double())
     )
     logits = scale * q @ k.transpose(-1, -2)
     if mask is not None:
-        keys = mask if dim == 2 else mask.transpose(1, 2)
-        logits = logits.masked_fill(~keys[:, :, None, None], -torch.inf)
-    weights = logits.softmax(-1).nan_to_num()
+        keys = (mask if dim == 2 else mask.transpose(1, 2))[:, :, None, None]
+        logits = logits.masked_fill(~keys, -torch.inf)
+        logits = logits.masked_fill(~keys.any(-1, keepdim=True), 0.0)
+    weights = logits.softmax(-1)
+    if mask is not None:  # a line without a key gives zeros
+        weights = weights * keys.any(-1, keepdim=True)
+    want = (weights @ v).transpose(2, 3)
+    want = want if dim == 2 else want.transpose(1, 2)
+    wanted = (want, *torch.autograd.grad(want, exact, weight.double(), retain_graph=True))
+    if shape is SHAPE:
+        assert_agree(want, formula(*exact, line(dim), mask=mask, scale=scale), *exact)
     slopes = g @ v.transpose(-1, -2)
     slopes = (weights * (slopes - (weights * slopes).sum(-1, keepdim=True))).abs()
     sums = (
@@ -129,7 +140,7 @@ def test_in_bf16_weights_are_rounded_before_their_products_and_nothing_else(
         weights.transpose(-1, -2) @ g.abs(),
     )
     # Of keys and values, what each chunk of queries gives is rounded before it is added up.
-    partial = chunk < SHAPE[3] * SHAPE[dim] ** 2
+    partial = lines < 1
     for i, (one, other, rounded) in enumerate(zip(found, wanted, sums, strict=True)):
         bound = rounded.transpose(2, 3)
         bound = bound if dim == 2 else bound.transpose(1, 2)
@@ -137,6 +148,55 @@ def test_in_bf16_weights_are_rounded_before_their_products_and_nothing_else(
         bound = bound + half * (other.abs() + bound) + 1e-5
         assert one.dtype is torch.bfloat16
         assert ((one.double() - other).abs() <= bound).all()
+
+
+class Products(TorchDispatchMode):
+    """Counts batched products by the dtype of what they multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            *_, one, other = args
+            assert one.dtype is other.dtype
+            self.counts[one.dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@DIMS
+@pytest.mark.parametrize(("able", "narrow"), [("bf16", 4), ("no_bf16", 0)], ids=["bf16", "no bf16"])
+def test_four_of_seven_products_are_in_bf16(able, narrow, dim, request):
+    request.getfixturevalue(able)
+    given = [x.detach().bfloat16().requires_grad_() for x in triple(*SHAPE)]
+    with Products() as seen:
+        torch.autograd.grad(attend(*given, dim).sum(), given)
+    assert seen.counts == Counter({torch.bfloat16: narrow, torch.float32: 7 - narrow})
+
+
+@DIMS
+@pytest.mark.parametrize("dtypes", ["bf16 fp32 fp32", "bf16 fp32 bf16", "bf16 bf16 fp32", "prefix"])
+def test_where_dtypes_differ_nothing_but_results_is_rounded(dtypes, dim, bf16):
+    """Forward and backward take the same numbers, whatever the CPU calculates in."""
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    prefix = (
+        [x.detach().float().requires_grad_() for x in prefix_of()] if dtypes == "prefix" else []
+    )
+    kinds = ["bf16"] * 3 if prefix else dtypes.split()
+    given = [
+        (4 * x.detach()).to(names[kind]).requires_grad_()
+        for x, kind in zip(triple(*SHAPE), kinds, strict=True)
+    ]
+    weight = tokens(*SHAPE, seed=9).detach().bfloat16()
+    out = attend(*given, dim, prefix=tuple(prefix) or None, kernel="chunks")
+    found = (out, *torch.autograd.grad(out, (*given, *prefix), weight))
+    exact = [x.detach().double().requires_grad_() for x in (*given, *prefix)]
+    want = formula(*exact[:3], line(dim), prefix=tuple(exact[3:]) or None)
+    wanted = (want, *torch.autograd.grad(want, exact, weight.double()))
+    for one, other in zip(found, wanted, strict=True):
+        close = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}[one.dtype]
+        torch.testing.assert_close(one.double(), other, rtol=close, atol=2e-5)
 
 
 def test_what_chunks_of_queries_give_is_added_up_in_fp32(bf16):
@@ -294,8 +354,11 @@ def test_no_copy_of_the_size_of_q_is_in_the_profile(packed, dim):
 
 
 @DIMS
-def test_in_16_bits_nothing_but_chunks_is_held_beside_what_must_be(dim, monkeypatch):
-    """The result, the gradients and, in a chunk, two buffers of logits: none of all of them."""
+@pytest.mark.parametrize("able", ["bf16", "no_bf16"])
+def test_in_16_bits_nothing_but_chunks_is_held_beside_what_must_be(able, dim, monkeypatch, request):
+    """The result, the gradients and, in a chunk, two buffers of logits, with products in bf16 a
+    third of half their size: none of all of them."""
+    request.getfixturevalue(able)
     lines, length = 32, 128
     shape = (1, lines, length, 2, 2) if dim == 2 else (1, length, lines, 2, 2)
     monkeypatch.setattr(CHUNK, 2 * length * length)  # one line
