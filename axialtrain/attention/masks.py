@@ -67,6 +67,7 @@ class GridMask:
         self.valid = valid
         self._lines: dict[tuple[int, Rect, Rect], LineMasks] = {}
         self._image: LineMasks | None = None
+        self._parts: dict[Rect, GridMask] = {}
 
     @classmethod
     def of(cls, valid: Tensor | GridMask | None) -> GridMask | None:
@@ -76,6 +77,12 @@ class GridMask:
     def within(self, rect: Rect) -> Tensor:
         """[B, h, w]: of the tokens of `rect`."""
         return self.valid[:, rect.top : rect.bottom, rect.left : rect.right]
+
+    def part(self, rect: Rect) -> GridMask:
+        """The mask of `rect` as a grid by itself, with plans of its own."""
+        if rect not in self._parts:
+            self._parts[rect] = GridMask(self.within(rect))
+        return self._parts[rect]
 
     def lines(self, dim: int, keys: Rect, queries: Rect) -> LineMasks:
         """Of the rows (dim 2) or columns (1) of `keys`, of which those in `queries` ask."""

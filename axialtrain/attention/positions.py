@@ -32,16 +32,16 @@ def rotary_angles(
     return coordinates[:, None] * base ** (-pairs / head_dim)
 
 
-Turns = tuple[Tensor | None, Tensor | None]  # of the rows and of the columns of a part, complex
+Turns = tuple[Tensor | None, Tensor | None]  # of the rows and of the columns of a part
 
 
 def turns_of(rect: Rect, dims: tuple[int, ...], head_dim: int, like: Tensor) -> Turns:
-    """Rotary positions of the tokens of `rect`, for attention along `dims`, as unit numbers.
+    """Rotary positions of the tokens of `rect`, for attention along `dims`.
 
     Along one dim all K channels turn with its coordinate; along both, the first half turns with the
-    row's and the second with the column's, as in timm. Returns ([h, K'/2], [w, K'/2]), None where
-    a coordinate turns nothing; K' is K, or half of it for both. Complex, of fp32 at least, on the
-    device of `like`.
+    row's and the second with the column's, as in timm. Returns the cosines and sines of their
+    angles, ([h, K'/2, 2], [w, K'/2, 2]), None where a coordinate turns nothing; K' is K, or half of
+    it for both. Of fp32 at least, on the device of `like`.
     """
     spans = {1: (rect.top, rect.bottom), 2: (rect.left, rect.right)}
     rows, cols = (
@@ -63,23 +63,43 @@ def turned(
 ) -> Tensor:
     """The channel pairs (2 i, 2 i + 1) of x turned by its rows and columns; without a graph.
 
-    x: [..., h, w, N, K]; rows: [h, K'/2], cols: [w, K'/2], see `turns_of`. Computed in fp32 at
-        least, and rounded to x's dtype once.
+    x: [..., h, w, N, K]; rows: [h, K'/2, 2], cols: [w, K'/2, 2], see `turns_of`. Computed in fp32
+        at least, and rounded to x's dtype once.
     back: by the negative angles. in_place: x, of fp32 at least, is written to.
     """
     if rows is None and cols is None:
         return x
+    if torch.compiler.is_compiling():
+        return _turned_in_reals(x, rows, cols, back)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide)
     if out is x and not in_place:
         out = x.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(out.unflatten(-1, (-1, 2)))
-    first = pairs if cols is None or rows is None else pairs[..., : rows.shape[-1]]
-    if rows is not None:
-        first.mul_((rows.conj() if back else rows)[:, None, None])
-    if cols is not None:
-        (pairs[..., -cols.shape[-1] :]).mul_((cols.conj() if back else cols)[:, None])
+    down, across = (None if y is None else torch.view_as_complex(y) for y in (rows, cols))
+    if down is not None:
+        first = pairs if across is None else pairs[..., : down.shape[-1]]
+        first.mul_((down.conj() if back else down)[:, None, None])
+    if across is not None:
+        pairs[..., -across.shape[-1] :].mul_((across.conj() if back else across)[:, None])
     return out.to(x.dtype)
+
+
+def _turned_in_reals(x: Tensor, rows: Tensor | None, cols: Tensor | None, back: bool) -> Tensor:
+    """The same for a graph: torch's compiler has no kernels of complex numbers, and makes one of
+    all of this."""
+    turns = []
+    if rows is not None:
+        turns.append(rows[:, None].expand(-1, x.shape[-3], -1, -1))
+    if cols is not None:
+        turns.append(cols.expand(x.shape[-4], -1, -1, -1))
+    cos, sin = (part[..., None, :] for part in torch.cat(turns, -2).unbind(-1))
+    if back:
+        sin = -sin
+    wide = torch.promote_types(x.dtype, torch.float32)
+    real, imaginary = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    both = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(both, -1).flatten(-2).to(x.dtype)
 
 
 class _Turn(torch.autograd.Function):
@@ -118,10 +138,9 @@ def rotate_tokens(
 
 
 def _unit(angles: Tensor, like: Tensor) -> Tensor:
-    """Complex numbers of these angles, of like's precision, fp32 at least, on its device."""
-    unit = torch.polar(torch.ones_like(angles), angles)
-    kind = torch.promote_types(like.dtype, torch.complex64)
-    return unit.to(like.device, kind)
+    """[..., 2], cosines and sines of like's precision, fp32 at least, on its device."""
+    unit = torch.stack((angles.cos(), angles.sin()), -1)
+    return unit.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def relative_bias(table: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:

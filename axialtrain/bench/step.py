@@ -25,6 +25,7 @@ from axialtrain.grid import Place
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import create_model, model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig, encode
+from axialtrain.train.compiled import compile_layers
 
 GOALS = {
     "share": Goal(0.6, at_least=True),
@@ -57,7 +58,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case(case, partial(_model, setting, name, side, dtype, case))
     if _room(setting):
         one = SIDES[0]
-        yield Case("gigapixel", partial(gigapixel, setting, one, KEPT[one], **GIGAPIXEL))
+        for compiled in (False, True):
+            step = partial(gigapixel, setting, one, KEPT[one], compiled, **GIGAPIXEL)
+            yield Case("gigapixel" + ", compiled" * compiled, step)
         if setting.long and _host_room():  # a step takes a minute
             yield Case("four gigapixels", partial(_four, setting))
 
@@ -132,6 +135,8 @@ def gigapixel(
     setting: Setting,
     side: int,
     kept: Recompute,
+    compiled: bool = False,
+    /,
     *,
     depth: int,
     dim: int,
@@ -139,11 +144,14 @@ def gigapixel(
     patch: int,
 ) -> list[Result]:
     """A step of one image of side x side px in bf16, of which `kept` says what is kept: as
-    experiments gigapixel_h200 and four_gigapixels_h200 do."""
+    experiments gigapixel_h200 and four_gigapixels_h200 do. compiled: as with train.compile, on a
+    GPU: what follows storages on a CPU sees no graph."""
     device, dtype = setting.device, torch.bfloat16
     torch.manual_seed(0)
     config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
     model = AxialTransformer(config).to(device, dtype)
+    if compiled:
+        compile_layers(model, by_pass=kept.band > 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pixels = torch.ones(1, side, side, 3, dtype=dtype)  # on the host, as a run has them
     if setting.on_gpu and side == SIDES[0]:  # and pinned, where it can read ahead
@@ -169,7 +177,7 @@ def gigapixel(
         held = torch.cuda.max_memory_allocated(device)
     flop = 3 * _forward_flop(place, config)  # what is run again is work, and none of the step's
     able = 2 * size**3 / rounds.median("product")
-    name = f"{side} x {side} px, D = {dim}, {depth} layers, bf16"
+    name = f"{side} x {side} px, D = {dim}, {depth} layers, bf16{', compiled' * compiled}"
     rate = flop / rounds.median("step")
     times = (3 + (kept.every > 0) + (kept.band > 0)) / 3  # backward is two forwards
     again = f"{shown(times * rate / 1e12)} with what is run again"

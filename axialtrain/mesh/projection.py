@@ -26,9 +26,12 @@ Arithmetic = Callable[..., Any]  # (x, weight, bias, ...) -> what the layer give
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of tensors like x are fastest here: x's own, or fp32."""
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    if slow and torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT", "NO AVX"):
-        return torch.float32
-    return x.dtype
+    return torch.float32 if slow and _without_16_bits() else x.dtype
+
+
+@torch.compiler.assume_constant_result
+def _without_16_bits() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT", "NO AVX")
 
 
 def autocasts(kind: str) -> bool:

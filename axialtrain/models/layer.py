@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axialtrain.attention.config import AxialConfig, Pass
+from axialtrain.attention.config import AxialConfig
 from axialtrain.attention.masks import GridMask
 from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Layout, Place
@@ -43,6 +46,18 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+class Drawn(NamedTuple):
+    """What a training step has drawn of one pass.
+
+    skip: whether it is left out. keep: [B], the factor of its residual branch, None where it is 1;
+    keep_mlp: that of the MLP's, after the last pass.
+    """
+
+    skip: bool = False
+    keep: Tensor | None = None
+    keep_mlp: Tensor | None = None
 
 
 class Layer(nn.Module):
@@ -98,6 +113,7 @@ class Layer(nn.Module):
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
         self.exchange = Exchange()
+        self.compiled_pass: Callable[..., Any] | None = None  # in place of `one_pass`
 
     def exit(self, place: Place) -> Place:
         """Where the tokens are after this layer, known without running it."""
@@ -126,25 +142,19 @@ class Layer(nn.Module):
         skipped = None
         if chance is not None:
             skipped = chance.skipped(self.index, len(self.passes), self.skip_axis)
-        if self.summed:
-            x, prefix = self._sum(x, prefix, place, valid, chance, skipped)
-        else:
-            x, prefix = self._sequence(x, prefix, place, valid, chance, skipped, band)
-            if self._by_band(self.passes[-1], self.exit(place), prefix, band):
-                return x, prefix  # its MLP too
-        keep = self._kept(x, chance, len(self.passes))
+        if not self.summed:
+            return self._sequence(x, prefix, place, valid, chance, skipped, band)
+        x, prefix = self._sum(x, prefix, place, valid, chance, skipped)
+        return self._ended(x, prefix, self._kept(x, chance, len(self.passes)))
+
+    def _ended(self, x: Tensor, prefix: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the MLP makes of tokens and prefix after all passes."""
         if prefix.shape[1]:
             prefix = self._after(prefix, keep)
         return self._after(x, keep), prefix
 
     def _after(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """x: tokens after all passes."""
         return _add(x, self.ls2(self.mlp(self.norm2(x))), keep)
-
-    def _by_band(self, which: Pass, goal: Place, prefix: Tensor, band: int) -> bool:
-        """Whether a pass that is at `goal` is taken band by band."""
-        whole = len(which.dims) == 1 and goal.layout is not Layout.TILE
-        return band > 0 and whole and not prefix.shape[1]  # that attends to tokens of all bands
 
     def _sequence(
         self,
@@ -156,75 +166,106 @@ class Layer(nn.Module):
         skipped: int | None,
         band: int,
     ) -> tuple[Tensor, Tensor]:
+        valid = GridMask.of(valid)
         for number, which in enumerate(self.passes):
             goal = which.enters(place, self.exchange.kind)
-            if self._by_band(which, goal, prefix, band):
-                x, place = self.exchange(x, place, goal.layout), goal
-                x = self._again_in_bands(x, prefix, place, number, valid, chance, skipped, band)
-                continue
-            if not prefix.shape[1] and self.exchange.in_bands(place, goal.layout):
-                x = self._in_bands(x, prefix, place, goal, number, valid, chance, skipped)
-                place = goal
-                continue
-            x, place = self.exchange(x, place, goal.layout), goal
-            attn, norm = _of(self.attn, number), _of(self.norm1, number)
-            out, of_prefix = attn(
-                norm(x), _on(norm, prefix), place, which, valid, skip=number == skipped
+            last = number == len(self.passes) - 1
+            drawn = Drawn(
+                number == skipped,
+                self._kept(x, chance, number),
+                self._kept(x, chance, len(self.passes)) if last else None,
             )
-            keep = self._kept(x, chance, number)
-            x, prefix = self._added(x, out, keep), self._added(prefix, of_prefix, keep)
+            # A prefix attends to the tokens of all bands at once.
+            lines = len(which.dims) == 1 and goal.layout is not Layout.TILE and not prefix.shape[1]
+            if lines and not band and self.exchange.in_bands(place, goal.layout):
+                x = self._as_they_arrive(x, prefix, place, goal, number, valid, drawn)
+                x = self._after(x, drawn.keep_mlp) if last else x
+            else:
+                x = self.exchange(x, place, goal.layout)
+                if lines and band:
+                    x = self._in_bands(x, prefix, goal, number, valid, drawn, last, band)
+                else:
+                    x, prefix = self._call(x, prefix, goal, number, valid, drawn, last)
+            place = goal
         return x, prefix
 
-    def _in_bands(
+    def one_pass(
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        place: Place,
+        number: int,
+        valid: GridMask | None,
+        drawn: Drawn,
+        last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Pass `number` where its tokens are, and where it is the last the MLP.
+
+        x: [B, h, w, D] under place.layout, prefix: [B, n, D] -> the same.
+        """
+        which = self.passes[number]
+        attn, norm = _of(self.attn, number), _of(self.norm1, number)
+        out, of_prefix = attn(norm(x), _on(norm, prefix), place, which, valid, skip=drawn.skip)
+        x, prefix = self._added(x, out, drawn.keep), self._added(prefix, of_prefix, drawn.keep)
+        return self._ended(x, prefix, drawn.keep_mlp) if last else (x, prefix)
+
+    def _call(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """`one_pass`, as it is or compiled."""
+        found: tuple[Tensor, Tensor] = (self.compiled_pass or Layer.one_pass)(self, *arguments)
+        return found
+
+    def _as_they_arrive(
         self,
         x: Tensor,
         prefix: Tensor,
         place: Place,
         goal: Place,
         number: int,
-        valid: GridMask | Tensor | None,
-        chance: Chance | None,
-        skipped: int | None,
+        valid: GridMask | None,
+        drawn: Drawn,
     ) -> Tensor:
-        """Pass `number`, of rows or columns, on each band of lines as it arrives."""
-        which, keep = self.passes[number], self._kept(x, chance, number)
-        attn, norm = _of(self.attn, number), _of(self.norm1, number)
-        done = []
-        for lines, here in self.exchange.bands(x, place, goal.layout):
-            out, _ = attn(norm(lines), prefix, here, which, valid, skip=number == skipped)
-            done.append(self._added(lines, out, keep))
-        # along the dim that is not attended to
-        return done[0] if len(done) == 1 else torch.cat(done, 3 - which.dims[0])
+        """Pass `number`, of rows or columns, on each band of lines while the next are on their way.
 
-    def _again_in_bands(
+        prefix: [B, 0, D].
+        """
+        bands = self.exchange.bands(x, place, goal.layout)
+        done = [
+            self._call(lines, prefix, here, number, valid, drawn, False)[0] for lines, here in bands
+        ]
+        # along the dim that is not attended to
+        return done[0] if len(done) == 1 else torch.cat(done, 3 - self.passes[number].dims[0])
+
+    def _in_bands(
         self,
         x: Tensor,
         prefix: Tensor,
         place: Place,
         number: int,
-        valid: GridMask | Tensor | None,
-        chance: Chance | None,
-        skipped: int | None,
+        valid: GridMask | None,
+        drawn: Drawn,
+        last: bool,
         band: int,
     ) -> Tensor:
-        """Pass `number`, of rows or columns, of which x alone is kept; the last with the MLP."""
-        which, keep = self.passes[number], self._kept(x, chance, number)
-        attn, norm = _of(self.attn, number), _of(self.norm1, number)
-        last = number == len(self.passes) - 1
-        keep_mlp = self._kept(x, chance, len(self.passes)) if last else None
-        along = which.dims[0]
+        """Pass `number`, of rows or columns, of which x alone is kept; the last with the MLP.
+
+        prefix: [B, 0, D].
+        """
+        along = self.passes[number].dims[0]
         across = 3 - along
         lines = max(1, band // max(1, len(x) * x.shape[along]))  # of a band
-        parts = place.bands(max(1, -(-x.shape[across] // lines)))
+        parts = [one.rect for one in place.bands(max(1, -(-x.shape[across] // lines)))]
 
         def run(tokens: Tensor, index: int) -> Tensor:
-            out, _ = attn(norm(tokens), prefix, parts[index], which, valid, skip=number == skipped)
-            tokens = self._added(tokens, out, keep)
-            return self._after(tokens, keep_mlp) if last else tokens
+            # Lines know nothing of each other, so a band is a grid: one graph does for all of them.
+            part = parts[index]
+            here = Place(part.height, part.width, place.layout, coarse=True)
+            mask = None if valid is None else valid.part(part)
+            return self._call(tokens, prefix, here, number, mask, drawn, last)[0]
 
-        rects = [part.rect for part in parts]
-        sizes = [rect.height if across == 1 else rect.width for rect in rects]
-        used = [attn, norm, self.ls1, *([self.norm2, self.mlp, self.ls2] if last else [])]
+        sizes = [part.height if across == 1 else part.width for part in parts]
+        used = [_of(self.attn, number), _of(self.norm1, number), self.ls1]
+        if last:
+            used += [self.norm2, self.mlp, self.ls2]
         return in_bands(run, x, sizes, across, used)
 
     def _sum(

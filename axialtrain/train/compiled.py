@@ -1,9 +1,11 @@
 """`train.compile`: the layers of an axial transformer, compiled by torch, each in place.
 
 A layer is one graph, with no break in it, for each size of the token grid (and with and without a
-mask), so a run over images of bucketed sizes compiles once for each bucket. Weights keep their
-names. What has no graph is refused: collectives of a mesh within an image, the hooks with which
-ZeRO 3 gathers weights inside of a layer, a learned bias, and draws of numpy.
+mask), so a run over images of bucketed sizes compiles once for each bucket. Where a mesh splits the
+image, or with `train.recompute_band`, each of its passes is one, and all bands of a size share it.
+Weights keep their names. What has no graph is refused: other collectives within an image than the
+swaps between passes, the hooks with which ZeRO 3 gathers weights inside of a layer, a learned bias,
+and draws of numpy.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
             f"train.compile=true, and model is {type(model).__name__}: allowed are axial "
             "transformers, or train.compile=false"
         )
-    for axis in ("row", "col", "tensor"):
-        if getattr(mesh, axis) > 1:
-            raise ValueError(
-                f"train.compile=true, and mesh.{axis}={getattr(mesh, axis)}: its collectives are "
-                f"in no graph: allowed is mesh.{axis}=1, with any mesh.data, or train.compile=false"
-            )
+    if mesh.tensor > 1:
+        raise ValueError(
+            f"train.compile=true, and mesh.tensor={mesh.tensor}: its collectives are in no graph: "
+            "allowed is mesh.tensor=1, or train.compile=false"
+        )
+    if mesh.row * mesh.col > 1:
+        _check_split(model, mesh)
     if stage == 3:
         raise ValueError(
             "train.compile=true, and zero.stage=3, which gathers weights inside of a layer: "
@@ -53,9 +56,34 @@ def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
             )
 
 
-def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> int:
+def _check_split(model: AxialTransformerConfig, mesh: MeshConfig) -> None:
+    """Where an image is split, tokens may meet in swaps alone, which come between two graphs."""
+    axis = "row" if mesh.row > 1 else "col"
+    axial = model.axial_config
+    lines = all(len(which.dims) == 1 for which in model.passes)
+    wants = (
+        (mesh.exchange == "swap", "mesh.exchange", mesh.exchange, "swap"),
+        (mesh.overlap == 1, "mesh.overlap", mesh.overlap, 1),
+        (not model.prefix_tokens, "model.prefix_tokens", model.prefix_tokens, 0),
+        (axial.fusion != "sum", "model.axial_config.fusion", axial.fusion, "sequential"),
+        (lines, "model.axial_config.pattern", axial.pattern, "row and col"),
+    )
+    for met, key, value, allowed in wants:
+        if not met:
+            raise ValueError(
+                f"train.compile=true, and mesh.{axis}={getattr(mesh, axis)}, with {key}={value}, "
+                f"whose collectives are in no graph: allowed is {allowed}, mesh.{axis}=1, or "
+                "train.compile=false"
+            )
+
+
+def compile_layers(
+    model: nn.Module, *, by_pass: bool = False, backend: str | Callable[..., Any] = "inductor"
+) -> int:
     """Compile every layer of `model` where it stands; returns how many there are.
 
+    by_pass: a graph of each pass, the last with the MLP, not of the whole layer: what exchanges
+        tokens between passes, or takes a pass in bands, stays outside.
     backend: torch's, by name or as a function. An operation without a graph is an error.
     Raises ValueError where the model has no layer of ours.
     """
@@ -73,8 +101,14 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
         recompile_limit=max(limits.recompile_limit, GRAPHS * len(layers)),
         accumulated_recompile_limit=max(limits.accumulated_recompile_limit, GRAPHS * len(layers)),
     )
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+    if by_pass:
+        one = raised(torch.compile(Layer.one_pass, **options))
+        for layer in layers:
+            layer.compiled_pass = one
+        return len(layers)
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        layer.compile(**options)
         call = layer._compiled_call_impl
         assert call is not None, "it was compiled"
         layer._compiled_call_impl = raised(call)

@@ -263,10 +263,5 @@ class RunConfig:
             raise ValueError("resume is empty: give resume=auto, resume=RUN or resume=null")
         if self.train.compile:
             check_compile(self.model, self.mesh, self.zero.stage)
-            if train.recompute_band:
-                raise ValueError(
-                    f"train.compile=true, and train.recompute_band={train.recompute_band}, whose "
-                    "backward is no graph: allowed is 0, or train.compile=false"
-                )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: allowed are whole numbers from 0 to 2^63 - 1")

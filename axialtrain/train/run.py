@@ -170,7 +170,8 @@ def _run(
                 print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
     model = parallelize(model, mesh, timeout=timeout)
     if config.train.compile:
-        compile_layers(model)
+        split = config.mesh.row * config.mesh.col > 1
+        compile_layers(model, by_pass=split or config.train.recompute_band > 0)
     task.prepare(mesh, device)
     engine = Engine(
         model.to(device),

@@ -122,4 +122,4 @@ def test_nothing_but_the_input_and_the_turns_is_kept_for_backward():
     ):
         project_heads(x, weight, None, turns_of(RECT, (2,), K, x), head_dim=K)
     others = [one for one in kept if one.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
-    assert sum(one.numel() for one in others) == RECT.width * K // 2
+    assert sum(one.numel() for one in others) == RECT.width * K

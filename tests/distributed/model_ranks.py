@@ -19,6 +19,7 @@ from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
+from axialtrain.train.compiled import compile_layers
 
 PATCH = 2
 CHANCE = Chance(seed=1, step=0, samples=(5, 6))
@@ -29,7 +30,8 @@ class Case:
     """One model on one grid; `holes` leaves out tokens, whole rows and whole columns.
 
     holes None: there is no mask at all. span None: relative tables of the grid's extent.
-    head: tokens (a Segmenter) or a pool of `Classifier`.
+    head: tokens (a Segmenter) or a pool of `Classifier`. compiled: passes are graphs, run as torch
+    traced them.
     """
 
     grid: tuple[int, int]
@@ -50,6 +52,7 @@ class Case:
     head: str = "tokens"
     recompute: Recompute = field(default_factory=Recompute)
     mlp_chunk: int | None = None
+    compiled: bool = False
 
 
 @dataclass
@@ -163,6 +166,8 @@ def sharded(
     grid = Mesh(**mesh, exchange=exchange, swap=swap, overlap=overlap)
     model = build(case)
     parallelize(model, grid)
+    if case.compiled:
+        compile_layers(model, by_pass=True, backend="aot_eager")
     place = grid.place(*case.grid)
     output, prefix, grad = run(model, case, place)
     gradients = _gradients(model)

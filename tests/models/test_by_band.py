@@ -203,7 +203,6 @@ BAND = ["data.shards=x", "train.recompute_band=64"]
         (["mesh=2x2", "mesh.exchange=gather"], "allowed is 0 with mesh.exchange=gather"),
         (["mesh=2x2", "mesh.overlap=2"], "allowed is 0 with mesh.overlap=2"),
         (["zero=3"], "zero.stage=3 gathers its weights: allowed is 0, or zero.stage of 0, 1, 2"),
-        (["train.compile=true"], "train.recompute_band=64, whose backward is no graph: allowed"),
         (["task=reconstruction"], "task=reconstruction compares with them: allowed is 0"),
         (
             ["task=classification", "task.distilled=true", "task.distill.teacher=timm:x"],

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from sysconfig import get_path
 
 import pytest
 import torch
+from distributed.launcher import run_ranks
+from distributed.model_ranks import Case, serial, sharded
 from torch import Tensor, nn
 
+from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.models.chance import Chance
+from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train.compiled import check_compile, compile_layers
+from axialtrain.train.compose import compose_run
 
 pytestmark = pytest.mark.slow  # compiling
 
@@ -53,7 +59,9 @@ def transformer(**options) -> AxialTransformer:
     return model
 
 
-def gradients(model: AxialTransformer, size: tuple[int, int], *, holes: bool) -> dict[str, Tensor]:
+def gradients(
+    model: AxialTransformer, size: tuple[int, int], *, holes: bool = False
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, size[0] * PATCH, size[1] * PATCH, 3, generator=generator)
     pixels = pixels.to(next(model.parameters()).dtype)
@@ -76,23 +84,99 @@ def fresh():
     "options",
     [
         {},
-        {"prefix_tokens": 2, "layer_scale": 0.5, "mlp_chunk": 11},
-        {"axial_config": {"pattern": ["col+row"], "fusion": "sum", "positions": "none"}},
+        {"depth": 1, "prefix_tokens": 2, "layer_scale": 0.5, "mlp_chunk": 11},
+        {
+            "depth": 1,
+            "axial_config": {"pattern": ["col+row"], "fusion": "sum", "positions": "none"},
+        },
     ],
     ids=["rope", "prefix, layer scale, MLP in chunks", "summed"],
 )
 def test_compiled_layers_have_the_gradients_of_plain_ones(options):
     plain, compiled = transformer(**options), transformer(**options)
     parallelize(compiled, Mesh())
-    assert compile_layers(compiled, backend=Counting()) == DEPTH
+    assert compile_layers(compiled, backend=Counting()) == options.get("depth", DEPTH)
     assert list(compiled.state_dict()) == list(plain.state_dict()), "weights keep their names"
     for holes in (False, True):
         want = gradients(plain, SIZES[0], holes=holes)
-        got = gradients(compiled, SIZES[0], holes=holes)
-        assert got.keys() == want.keys()
-        for name in want:
-            error = (got[name] - want[name]).abs().max()
-            assert error <= 1e-10 * want[name].abs().max().clamp_min(1e-30), name
+        assert_close(gradients(compiled, SIZES[0], holes=holes), want)
+
+
+BY_PASS = {
+    "a line": ({}, Recompute(band=1)),
+    "uneven, and again": ({"layer_scale": 0.5, "mlp_chunk": 11}, Recompute(2, band=25)),
+    "windows beside": (
+        {"axial_config": {"pattern": ["row+window", "col"], "window": 3}},
+        Recompute(band=16),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "recompute"), BY_PASS.values(), ids=BY_PASS)
+def test_compiled_passes_have_the_gradients_of_plain_layers(options, recompute):
+    plain, compiled = transformer(**options), transformer(**options)
+    compiled.recompute = recompute
+    backend = Counting()
+    assert compile_layers(compiled, by_pass=True, backend=backend) == DEPTH
+    assert list(compiled.state_dict()) == list(plain.state_dict()), "weights keep their names"
+    for holes in (False, True):
+        want = gradients(plain, SIZES[0], holes=holes)
+        before = backend.graphs
+        assert_close(gradients(compiled, SIZES[0], holes=holes), want)
+        assert backend.graphs > before
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name] - want[name]).abs().max()
+        assert error <= 1e-10 * want[name].abs().max().clamp_min(1e-30), name
+
+
+@pytest.mark.parametrize("able", ["AVX2", "AVX512"])
+def test_in_bf16_too(able, monkeypatch):
+    """Rounded at the same places, whether the CPU calculates in bf16 or not."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: able)
+    options = {"depth": 1, "axial_config": {"pattern": ["row"], "kernel": "fused"}}
+    plain, compiled = transformer(**options).bfloat16(), transformer(**options).bfloat16()
+    compile_layers(compiled, backend=Counting())
+    want = gradients(plain, SIZES[0])
+    got = gradients(compiled, SIZES[0])
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name] - want[name]).float().norm() / want[name].float().norm()
+        assert error <= 2**-7, name
+
+
+def test_all_bands_of_all_layers_share_their_graphs():
+    """Each pass, with a graph and without one: forward, and again in backward."""
+    found = {}
+    for lines in (2, 4):  # rows and columns of the 8 x 8 tokens of two images
+        torch._dynamo.reset()
+        backend, model = Counting(), transformer()
+        model.recompute = Recompute(band=2 * 8 * lines)
+        compile_layers(model, by_pass=True, backend=backend)
+        for _ in range(2):
+            gradients(model, (8, 8))
+        found[lines] = backend.graphs
+    assert found == {2: 4, 4: 4}
+
+
+@pytest.mark.parametrize(("pattern", "band"), [(("row+col",), 40), (("row", "col"), 0)], ids=str)
+def test_passes_are_compiled_on_a_mesh_too(pattern, band):
+    """Parts of uneven size, masked, of which bands of one or two rows or columns are cut."""
+    case = Case((13, 10), pattern, recompute=Recompute(band=band))
+    want = serial(replace(case, recompute=Recompute()))
+    case, mesh = replace(case, compiled=True), {"row": 2, "col": 2}
+    for got in run_ranks(sharded, 4, case=case, mesh=mesh, timeout=200):
+        top, bottom, left, right = (2 * edge for edge in got.rect)
+        for name, one, other in (
+            ("output", got.output, want.output[:, top:bottom, left:right]),
+            ("input", got.input, want.input[:, top:bottom, left:right]),
+        ):
+            assert_close({name: one}, {name: other})
+        assert_close(got.parameters, want.parameters)
+        assert abs(got.norm - want.norm) <= 1e-10 * want.norm
 
 
 def test_the_compiler_of_runs_has_the_gradients_of_plain_layers(tmp_path, monkeypatch):
@@ -153,9 +237,22 @@ def test_a_model_without_our_layers_is_refused():
 @pytest.mark.parametrize(
     ("model", "mesh", "stage", "said"),
     [
-        ({}, {"row": 2}, 0, r"mesh\.row=2: .* allowed is mesh\.row=1"),
-        ({}, {"col": 2}, 0, r"mesh\.col=2"),
-        ({}, {"tensor": 2}, 1, r"mesh\.tensor=2"),
+        ({}, {"tensor": 2}, 1, r"mesh\.tensor=2: .* allowed is mesh\.tensor=1"),
+        ({}, {"row": 2, "exchange": "heads"}, 0, r"mesh\.row=2, with mesh\.exchange=heads"),
+        ({}, {"col": 2, "overlap": 2}, 0, r"mesh\.col=2, with mesh\.overlap=2, .* allowed is 1, m"),
+        (
+            {"prefix_tokens": 1},
+            {"row": 2},
+            0,
+            r"model\.prefix_tokens=1, .* allowed is 0, mesh\.row",
+        ),
+        ({"axial_config": {"fusion": "sum"}}, {"col": 2}, 0, r"fusion=sum, .* is sequential, mesh"),
+        (
+            {"axial_config": {"pattern": ["row", "window"]}},
+            {"col": 2},
+            0,
+            r"allowed is row and col",
+        ),
         ({}, {}, 3, r"zero\.stage=3, .* allowed are 0, 1, 2"),
         ({"drop_path": 0.1}, {}, 1, r"model\.drop_path=0\.1"),
         ({"axial_config": {"skip_axis": 0.2}}, {}, 1, r"model\.axial_config\.skip_axis=0\.2"),
@@ -166,7 +263,18 @@ def test_a_model_without_our_layers_is_refused():
             r"positions=relative, .* are rope",
         ),
     ],
-    ids=["row", "col", "tensor", "zero", "drop_path", "skip_axis", "relative"],
+    ids=[
+        "tensor",
+        "exchange",
+        "overlap",
+        "prefix",
+        "sum",
+        "window",
+        "zero",
+        "drop_path",
+        "skip_axis",
+        "relative",
+    ],
 )
 def test_what_has_no_graph_is_refused(model, mesh, stage, said):
     config = AxialTransformerConfig(dim=16, heads=2, **model)
@@ -174,9 +282,19 @@ def test_what_has_no_graph_is_refused(model, mesh, stage, said):
         check_compile(config, MeshConfig(**mesh), stage)
 
 
-def test_data_ranks_and_zero_up_to_two_go_with_it():
+def test_data_ranks_split_images_and_zero_up_to_two_go_with_it():
     for stage in (0, 1, 2):
-        check_compile(AxialTransformerConfig(), MeshConfig(data=4), stage)
+        check_compile(AxialTransformerConfig(), MeshConfig(data=4, row=2, col=2), stage)
+    everything = AxialTransformerConfig(
+        prefix_tokens=1, axial_config=AxialConfig(pattern=["row+window"], fusion="sum")
+    )
+    check_compile(everything, MeshConfig(exchange="heads"), 0)
+    check_compile(everything, MeshConfig(overlap=2), 0)
+
+
+def test_bands_go_with_it():
+    train = compose_run(["data.shards=x", "train.compile=true", "train.recompute_band=64"])[0].train
+    assert (train.compile, train.recompute_band) == (True, 64)
 
 
 def test_another_kind_of_model_is_refused():
