@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -78,7 +79,10 @@ def test_wandb_runs_offline_without_a_question(mode, nobody, tmp_path):
     tracker = track(tmp_path / "run", mode)
     assert_left(tmp_path / "run")
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"miou" in kept.read_bytes()
+    limit = time.monotonic() + 60
+    while b"miou" not in kept.read_bytes():  # W&B's own process may write when the run has ended
+        assert time.monotonic() < limit, kept.read_bytes()
+        time.sleep(0.05)
     pictures = [path.name.split("_")[0] for path in kept.parent.glob("files/media/images/*.png")]
     assert sorted(pictures) == ["loss", "prediction"]
     assert tracker._wandb.settings.mode == "offline"
