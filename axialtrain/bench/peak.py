@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves
 class Peak(TorchDispatchMode):
     """Within it: `bytes`, the most that was alive at once, and `largest`, the largest storage.
 
-    Counts what is made inside; a view counts as the storage that it looks into.
+    Counts what is made inside; a view counts as the storage that it looks into. kind: of devices of
+    this kind alone, as "cpu"; None: of all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str | None = None) -> None:
         super().__init__()
+        self.kind = kind
         self.bytes = self.largest = self.now = 0
         self.alive: set[int] = set()
 
@@ -30,7 +32,7 @@ class Peak(TorchDispatchMode):
         before = {x.untyped_storage()._cdata for x in given}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if torch.is_tensor(x):
+            if torch.is_tensor(x) and self.kind in (None, x.device.type):
                 storage = x.untyped_storage()
                 if storage._cdata not in self.alive | before:
                     self._made(storage)

@@ -144,10 +144,10 @@ def convolutional(*, masked: bool) -> Beside:
     return beside(model, inputs, lambda module, given: (module(*given),))
 
 
-def held_by_a_step(config: AxialTransformerConfig, kept: Recompute, side: int) -> int:
+def held_by_a_step(config: AxialTransformerConfig, kept: Recompute, side: int) -> tuple[int, int]:
     """Bytes at once of a step in bf16 on one image of side x side px that has a class, the weights
-    apart. The pixels are on the host. On the device are sizes alone, and no numbers, so that it may
-    be a gigapixel."""
+    apart: on the device, and on the host beside the pixels, which are there. There are sizes
+    alone, and no numbers, so that it may be a gigapixel."""
     with torch.device("meta"):
         model = Classifier(AxialTransformer(config), CLASSES, "mean")
     model.backbone.recompute = kept
@@ -160,11 +160,11 @@ def held_by_a_step(config: AxialTransformerConfig, kept: Recompute, side: int) -
                     own = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
                     one._parameters[name] = nn.Parameter(own)
         pixels = torch.empty(1, side, side, config.bands, dtype=torch.bfloat16)
-        with Peak() as peak:
+        with Peak(DEVICE.type) as peak, Peak("cpu") as host:
             logits = model(pixels, None, Place(across, across))
             target = torch.zeros(1, dtype=torch.long, device=DEVICE)
             F.cross_entropy(logits.float(), target).backward()
-    return peak.bytes
+    return peak.bytes, host.bytes
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: None, scale: float) -> Tensor:

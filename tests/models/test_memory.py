@@ -171,7 +171,20 @@ def test_a_step_on_a_device_holds_what_is_counted(elsewhere):
     kept = Recompute(band=4096)
     config = AxialTransformerConfig(patch=16, dim=512, depth=3, heads=8, mlp_chunk=65_536)
     memory = step_memory(config, kept, tokens=512 * 512, parameters=0)
-    held = elsewhere(held_by_a_step, config=config, kept=kept, side=8192)
+    held, host = elsewhere(held_by_a_step, config=config, kept=kept, side=8192)
+    assert host == 0
     # None of the flags that say which pixels are there; gradients of 10 M weights beside them.
     want = memory.device - memory.pixels
     assert want <= held <= want + 10e6 * 2
+
+
+@pytest.mark.slow
+def test_tokens_that_wait_on_the_host_are_there_and_nowhere_else(elsewhere):
+    """As those of four gigapixels do, on a window of 4096 px: 256 x 256 tokens, 6 layers."""
+    kept = Recompute(2, 0.7, band=4096)
+    config = AxialTransformerConfig(patch=16, dim=512, depth=6, heads=8, mlp_chunk=65_536)
+    memory = step_memory(config, kept, tokens=256 * 256, parameters=0)
+    held, host = elsewhere(held_by_a_step, config=config, kept=kept, side=4096)
+    assert host == memory.host == 2 * 256 * 256 * 512 * 2
+    without = memory.device - memory.pixels - memory.band
+    assert without + memory.band / 2 <= held <= without + memory.band + 19e6 * 2
