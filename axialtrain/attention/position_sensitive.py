@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -140,8 +141,26 @@ def _logits(q: Tensor, k: Tensor, table: Tensor, start: int) -> tuple[Tensor, Te
     return (
         torch.einsum("x q n k, x s n k -> x n q s", q, k),
         torch.einsum("x q n k, k q s -> x n q s", q, of_query),
-        torch.einsum("x s n k, k q s -> x n q s", k, of_key),
+        _of_keys(k, of_key),
     )
+
+
+def _of_keys(k: Tensor, of_key: Tensor) -> Tensor:
+    """[x, N, q, s] of keys [x, s, N, K] and their positions [K, q, s]."""
+    of_key = of_key.transpose(1, 2).contiguous()  # in this order, see `_backward_laid_out`
+    logits = _backward_laid_out(torch.einsum("x s n k, k s q -> s x n q", k, of_key))
+    return rearrange(logits, "s x n q -> x n q s")
+
+
+def _backward_laid_out(x: Tensor) -> Tensor:
+    """x, contiguous, whose gradient will be.
+
+    On a CPU torch takes batched products one by one, and copies each matrix, where neither its rows
+    nor its columns lie together.
+    """
+    if x.requires_grad:
+        x.register_hook(Tensor.contiguous)
+    return x
 
 
 def _moments_of_all(q: Tensor, k: Tensor, table: Tensor) -> Stats:
@@ -212,15 +231,17 @@ def _attend(
     of_query = relative_bias(table[:width].flip(1), here, keys)
     logits = logits + torch.einsum("x q n k, k q s -> x n q s", q * of_qr, of_query)
     of_key = relative_bias(table[width : 2 * width], here, keys)
-    logits = logits + torch.einsum("x s n k, k q s -> x n q s", k * of_kr, of_key)
+    logits = logits + _of_keys(k * of_kr, of_key)
     if mask is not None:
         # softmax over nothing is NaN: such a line attends to everything, and is zeroed below.
         some = mask.any(1, keepdim=True)
         logits = logits.masked_fill(~(mask | ~some)[:, None, None], -torch.inf)
     weights = logits.softmax(-1)
     of_value = relative_bias(table[2 * width :].flip(1), here, keys)
-    contents = torch.einsum("x n q s, x s n v -> x q n v", weights, v)
-    positions = torch.einsum("x n q s, v q s -> x q n v", weights, of_value)
+    contents = _backward_laid_out(torch.einsum("x n q s, x s n v -> x n q v", weights, v))
+    positions = _backward_laid_out(torch.einsum("x n q s, v q s -> q x n v", weights, of_value))
+    contents = rearrange(contents, "x n q v -> x q n v")
+    positions = rearrange(positions, "q x n v -> x q n v")
     if mask is not None:
         contents, positions = (
             out.masked_fill(~some[..., None, None], 0.0) for out in (contents, positions)

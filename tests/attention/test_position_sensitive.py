@@ -9,6 +9,7 @@ import torch
 from formulas import assert_agree, some, tokens
 from peak import Peak
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axialtrain.attention.position_sensitive import attend_with_positions, logit_moments
 
@@ -176,3 +177,34 @@ def test_moments_without_logits_stand_a_large_mean():
     assert (mean64.square() / (squares64 / (40 * 50 * 50))).min() > 300**2
     torch.testing.assert_close(mean.double(), mean64, rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.double(), squares64, rtol=1e-6, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """The matrices of batched products, and those of which neither rows nor columns lie together.
+
+    torch's kernel on a CPU copies each of these by itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.every: list[Tensor] = []
+        self.apart: list[tuple[torch.Size, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.bmm:
+            self.every += args
+            self.apart += [(x.shape, x.stride()) for x in args if 1 not in x.stride()[1:]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_take_their_matrices_as_they_lie(masked):
+    q, k, v, table, factors = inputs(5)
+    mask = some(*SHAPE[:3]) if masked else None
+    q, k, v = torch.cat((q, k, v), -1).split((K, K, V), -1)  # as a layer has them
+    with Products() as products:
+        moments = logit_moments(q, k, table, mask, chunk=60)
+        both = torch.stack(attend_with_positions(q, k, v, table, factors, mask, chunk=60), -1)
+        (both.square().sum() + sum(one.sum() for one in moments)).backward()
+    assert products.every
+    assert not products.apart
