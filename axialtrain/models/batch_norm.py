@@ -1,18 +1,21 @@
 """Batch norm over all images of the batch and all of their valid tokens, wherever they are.
 
-Composed of two differentiable sums over the ranks, so it needs no backward of its own: that of a
-sum over ranks is a sum over ranks (`mesh.collectives.sum_over`). Local statistics are combined as
-mean and centred squares (Chan, Golub, LeVeque 1979): a plain sum of squares would lose the variance
-of channels whose mean is large.
+Composed around two differentiable sums over the ranks, so that no backward of ours has a
+collective: that of a sum over ranks is a sum over ranks (`mesh.collectives.sum_over`). Local
+statistics are combined as mean and centred squares (Chan, Golub, LeVeque 1979): a plain sum of
+squares would lose the variance of channels whose mean is large. What a rank does to its values,
+before and behind the sums, keeps these values alone for backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from axialtrain.mesh.exchange import Exchange
 
@@ -29,15 +32,9 @@ class Moments:
     @staticmethod
     def of(x: Tensor, valid: Tensor | None) -> Moments:
         """x: [..., C], finite; valid: bool [...], None where all count."""
-        flat = x.reshape(-1, x.shape[-1])
-        if valid is None:
-            count = flat.new_full((), flat.shape[0])
-            mean = flat.sum(0) / count.clamp_min(1)
-            return Moments(count, mean, (flat - mean).square().sum(0))
-        here = valid.reshape(-1, 1)
-        count = here.sum().to(flat)
-        mean = torch.where(here, flat, 0.0).sum(0) / count.clamp_min(1)
-        return Moments(count, mean, torch.where(here, flat - mean, 0.0).square().sum(0))
+        return Moments(
+            *_Moments.apply(x.flatten(0, -2), None if valid is None else valid.flatten()[:, None])
+        )
 
     def of_parts(self) -> Moments:
         """Those of several parts, [P] and [P, C], together."""
@@ -53,6 +50,51 @@ class Moments:
         mean = sums[:-1] / sums[-1].clamp_min(1)
         squares = total(self.squares + count * (self.mean - mean).square())
         return Moments(sums[-1], mean, squares)
+
+
+class _Moments(torch.autograd.Function):
+    """x: [M, C], valid: bool [M, 1] -> what `Moments` has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if valid is None:
+            count, total = x.new_full((), len(x)), x.sum(0)
+        else:
+            count, total = valid.sum().to(x), torch.where(valid, x, 0.0).sum(0)
+        mean = total / count.clamp_min(1)
+        ctx.save_for_backward(x, valid, count, mean)
+        ctx.mark_non_differentiable(count)
+        above = x - mean
+        if valid is not None:
+            above.masked_fill_(~valid, 0.0)
+        return count, mean, above.square_().sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, of_mean: Tensor, of_squares: Tensor) -> tuple[Tensor, None]:
+        """What is above the mean adds up to zero, so squares depend on the mean not at all."""
+        x, valid, count, mean = ctx.saved_tensors
+        above = x - mean
+        found = torch.addcmul(of_mean / count.clamp_min(1), above, 2 * of_squares, out=above)
+        return found if valid is None else found.masked_fill_(~valid, 0.0), None
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) * factor + bias. x: [..., C]; the others: [C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, factor)
+        above = x - mean
+        return torch.addcmul(bias, above, factor, out=above)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, mean, factor = ctx.saved_tensors
+        total = grad.flatten(0, -2).sum(0)
+        of_factor = (x - mean).mul_(grad).flatten(0, -2).sum(0)
+        return grad * factor, -factor * total, of_factor, total
 
 
 class BatchNorm(nn.Module):
@@ -86,7 +128,7 @@ class BatchNorm(nn.Module):
             wide = torch.where(valid[..., None], wide, 0.0)  # NaN * 0 is NaN, in gradients too
         moments = Moments.of(wide, valid) if self.training else None
         mean, factor = self.normalisation(moments)
-        out = (wide - mean) * factor + self.bias.to(wide)
+        out: Tensor = _Normalise.apply(wide, mean, factor, self.bias.to(wide))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0.0)
         return out.to(x.dtype)
