@@ -168,7 +168,7 @@ def test_four_gigapixels_do_not_fit_by_offloading_alone(every):
 @pytest.mark.slow
 def test_a_step_on_a_device_holds_what_is_counted(elsewhere):
     """As a gigapixel's does, on a window of 8192 px: 512 x 512 tokens, 3 of its 12 layers."""
-    kept = Recompute(band=4096)
+    kept = Recompute(band=8192)
     config = AxialTransformerConfig(patch=16, dim=512, depth=3, heads=8, mlp_chunk=65_536)
     memory = step_memory(config, kept, tokens=512 * 512, parameters=0)
     held, host = elsewhere(held_by_a_step, config=config, kept=kept, side=8192)
@@ -181,7 +181,7 @@ def test_a_step_on_a_device_holds_what_is_counted(elsewhere):
 @pytest.mark.slow
 def test_tokens_that_wait_on_the_host_are_there_and_nowhere_else(elsewhere):
     """As those of four gigapixels do, on a window of 4096 px: 256 x 256 tokens, 6 layers."""
-    kept = Recompute(2, 0.7, band=4096)
+    kept = Recompute(2, 0.7, band=8192)
     config = AxialTransformerConfig(patch=16, dim=512, depth=6, heads=8, mlp_chunk=65_536)
     memory = step_memory(config, kept, tokens=256 * 256, parameters=0)
     held, host = elsewhere(held_by_a_step, config=config, kept=kept, side=4096)
