@@ -169,6 +169,7 @@ def test_an_empty_shard_folder(axialtrain, tmp_path):
     refused(axialtrain, train("empty"), tmp_path, "manifest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mesh_that_does_not_match_the_processes(axialtrain, small_shards, tmp_path, rank):
     """As torchrun starts it; each rank refuses by itself, without waiting for the others."""

@@ -22,10 +22,11 @@ from axialtrain.bench.plain import drawn
 from axialtrain.bench.record import Goal, Result, ms, shown
 from axialtrain.bench.setting import Case, Setting, dtype_name
 from axialtrain.grid import Place
+from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import create_model, model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig, encode
-from axialtrain.train.compiled import compile_layers
+from axialtrain.train.compiled import compile_layers, compiles_passes
 
 GOALS = {
     "share": Goal(0.6, at_least=True),
@@ -151,7 +152,7 @@ def gigapixel(
     config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
     model = AxialTransformer(config).to(device, dtype)
     if compiled:
-        compile_layers(model, by_pass=kept.band > 0)
+        compile_layers(model, by_pass=compiles_passes(MeshConfig(), kept.band))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pixels = torch.ones(1, side, side, 3, dtype=dtype)  # on the host, as a run has them
     if setting.on_gpu and side == SIDES[0]:  # and pinned, where it can read ahead

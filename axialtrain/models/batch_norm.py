@@ -31,7 +31,7 @@ class Moments:
 
     @staticmethod
     def of(x: Tensor, valid: Tensor | None) -> Moments:
-        """x: [..., C], finite; valid: bool [...], None where all count."""
+        """x: [..., C], zeros where not valid; valid: bool [...], None where all count."""
         return Moments(
             *_Moments.apply(x.flatten(0, -2), None if valid is None else valid.flatten()[:, None])
         )
@@ -57,12 +57,9 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if valid is None:
-            count, total = x.new_full((), len(x)), x.sum(0)
-        else:
-            count, total = valid.sum().to(x), torch.where(valid, x, 0.0).sum(0)
-        mean = total / count.clamp_min(1)
-        ctx.save_for_backward(x, valid, count, mean)
+        count = x.new_full((), len(x)) if valid is None else valid.sum().to(x)
+        mean = x.sum(0) / count.clamp_min(1)
+        ctx.save_for_backward(x, count, mean)
         ctx.mark_non_differentiable(count)
         above = x - mean
         if valid is not None:
@@ -72,11 +69,13 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, of_mean: Tensor, of_squares: Tensor) -> tuple[Tensor, None]:
-        """What is above the mean adds up to zero, so squares depend on the mean not at all."""
-        x, valid, count, mean = ctx.saved_tensors
+        """What is above the mean adds up to zero, so squares depend on the mean not at all.
+
+        Where x is not valid the gradient is that of a zero that was put there, which has none.
+        """
+        x, count, mean = ctx.saved_tensors
         above = x - mean
-        found = torch.addcmul(of_mean / count.clamp_min(1), above, 2 * of_squares, out=above)
-        return found if valid is None else found.masked_fill_(~valid, 0.0), None
+        return torch.addcmul(of_mean / count.clamp_min(1), above, 2 * of_squares, out=above), None
 
 
 class _Normalise(torch.autograd.Function):
@@ -84,17 +83,21 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mean, factor)
+        ctx.save_for_backward(factor, *((x, mean) if ctx.needs_input_grad[2] else ()))
         above = x - mean
         return torch.addcmul(bias, above, factor, out=above)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, mean, factor = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *x_and_mean = ctx.saved_tensors
+        of_x = grad * factor if ctx.needs_input_grad[0] else None
         total = grad.flatten(0, -2).sum(0)
-        of_factor = (x - mean).mul_(grad).flatten(0, -2).sum(0)
-        return grad * factor, -factor * total, of_factor, total
+        of_factor = None
+        if x_and_mean:
+            x, mean = x_and_mean
+            of_factor = (x - mean).mul_(grad).flatten(0, -2).sum(0)
+        return of_x, -factor * total, of_factor, total
 
 
 class BatchNorm(nn.Module):
@@ -139,7 +142,8 @@ class BatchNorm(nn.Module):
         moments: of this rank's values while training, None in evaluation. A collective in training.
         """
         if moments is None:
-            mean, var = self.running_mean, self.running_var
+            # Backward may come when they have moved on.
+            mean, var = self.running_mean.clone(), self.running_var
         else:
             of_batch = moments.joined(self.exchange.total)
             mean, var = of_batch.mean, of_batch.squares / of_batch.count.clamp_min(1)

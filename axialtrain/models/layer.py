@@ -60,6 +60,12 @@ class Drawn(NamedTuple):
     keep_mlp: Tensor | None = None
 
 
+# Of a layer: (itself, x, prefix, place, number, valid, drawn, last) -> x and prefix.
+OnePass = Callable[
+    ["Layer", Tensor, Tensor, Place, int, GridMask | None, Drawn, bool], tuple[Tensor, Tensor]
+]
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer: attention passes, fused as `config` says, and one MLP.
 
@@ -113,7 +119,12 @@ class Layer(nn.Module):
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
         self.exchange = Exchange()
-        self.compiled_pass: Callable[..., Any] | None = None  # in place of `one_pass`
+        self.compiled_pass: OnePass | None = None  # in place of `one_pass`
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch leaves out what `compile` made of a module.
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"compiled_pass": None}
 
     def exit(self, place: Place) -> Place:
         """Where the tokens are after this layer, known without running it."""
@@ -185,7 +196,7 @@ class Layer(nn.Module):
                 if lines and band:
                     x = self._in_bands(x, prefix, goal, number, valid, drawn, last, band)
                 else:
-                    x, prefix = self._call(x, prefix, goal, number, valid, drawn, last)
+                    x, prefix = self._call(self, x, prefix, goal, number, valid, drawn, last)
             place = goal
         return x, prefix
 
@@ -209,10 +220,10 @@ class Layer(nn.Module):
         x, prefix = self._added(x, out, drawn.keep), self._added(prefix, of_prefix, drawn.keep)
         return self._ended(x, prefix, drawn.keep_mlp) if last else (x, prefix)
 
-    def _call(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    @property
+    def _call(self) -> OnePass:
         """`one_pass`, as it is or compiled."""
-        found: tuple[Tensor, Tensor] = (self.compiled_pass or Layer.one_pass)(self, *arguments)
-        return found
+        return self.compiled_pass or Layer.one_pass
 
     def _as_they_arrive(
         self,
@@ -230,7 +241,8 @@ class Layer(nn.Module):
         """
         bands = self.exchange.bands(x, place, goal.layout)
         done = [
-            self._call(lines, prefix, here, number, valid, drawn, False)[0] for lines, here in bands
+            self._call(self, lines, prefix, here, number, valid, drawn, False)[0]
+            for lines, here in bands
         ]
         # along the dim that is not attended to
         return done[0] if len(done) == 1 else torch.cat(done, 3 - self.passes[number].dims[0])
@@ -260,7 +272,7 @@ class Layer(nn.Module):
             part = parts[index]
             here = Place(part.height, part.width, place.layout, coarse=True)
             mask = None if valid is None else valid.part(part)
-            return self._call(tokens, prefix, here, number, mask, drawn, last)[0]
+            return self._call(self, tokens, prefix, here, number, mask, drawn, last)[0]
 
         sizes = [part.height if across == 1 else part.width for part in parts]
         used = [_of(self.attn, number), _of(self.norm1, number), self.ls1]

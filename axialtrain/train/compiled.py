@@ -20,7 +20,8 @@ from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.layer import Layer
 from axialtrain.models.transformer import AxialTransformerConfig
 
-GRAPHS = 64  # of all layers' code: sizes, with and without mask, training and evaluation
+GRAPHS = 64  # of a layer: sizes, with and without mask, training and evaluation
+OF_PASS = 6  # of each of these: bands of two sizes, forward, forward in backward, evaluation
 
 
 def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
@@ -77,6 +78,11 @@ def _check_split(model: AxialTransformerConfig, mesh: MeshConfig) -> None:
             )
 
 
+def compiles_passes(mesh: MeshConfig, band: int) -> bool:
+    """Whether `compile_layers` must go by passes. band: `train.recompute_band`."""
+    return mesh.row * mesh.col > 1 or band > 0
+
+
 def compile_layers(
     model: nn.Module, *, by_pass: bool = False, backend: str | Callable[..., Any] = "inductor"
 ) -> int:
@@ -85,7 +91,7 @@ def compile_layers(
     by_pass: a graph of each pass, the last with the MLP, not of the whole layer: what exchanges
         tokens between passes, or takes a pass in bands, stays outside.
     backend: torch's, by name or as a function. An operation without a graph is an error.
-    Raises ValueError where the model has no layer of ours.
+    Raises ValueError where the model has no layer of ours, or by_pass one whose passes are summed.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
@@ -93,13 +99,17 @@ def compile_layers(
             f"train.compile=true: a {type(model).__name__} has no layer of an axial transformer: "
             "allowed is train.compile=false"
         )
+    if by_pass and any(layer.summed for layer in layers):
+        raise ValueError("train.compile=true: summed passes are compiled as a layer alone")
     # All layers are one code to torch, and each has a graph of its own for each size. The limits
     # are raised while a layer is called, which is when torch compiles, and for nobody else's code:
     # an argument for them alone came with torch 2.13.
-    limits = torch._dynamo.config
+    limits, most = torch._dynamo.config, GRAPHS * len(layers)
+    if by_pass:
+        most *= OF_PASS * max(len(layer.passes) for layer in layers)
     raised = limits.patch(
-        recompile_limit=max(limits.recompile_limit, GRAPHS * len(layers)),
-        accumulated_recompile_limit=max(limits.accumulated_recompile_limit, GRAPHS * len(layers)),
+        recompile_limit=max(limits.recompile_limit, most),
+        accumulated_recompile_limit=max(limits.accumulated_recompile_limit, most),
     )
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     if by_pass:

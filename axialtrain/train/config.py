@@ -93,8 +93,8 @@ class TrainConfig:
     patience: validations without a better `checkpoint.best` after which the run ends early; 0 is
     off.
     precision: "fp32", or "bf16" with fp32 masters in the optimizer.
-    compile: whether torch compiles the layers of an axial transformer, one graph for each size of
-        the token grid; see `axialtrain.train.compiled` for what it does not go with.
+    compile: whether torch compiles the layers of an axial transformer, or their passes, for each
+        size of the token grid; see `axialtrain.train.compiled`, also for what it does not go with.
     recompute: 0 keeps all activations for backward; n keeps the tokens before every n-th layer, and
         computes the layers again. offload: the share of those tokens that is kept on the host.
     recompute_band: tokens of a band, in which passes of rows and columns are computed again, so

@@ -25,7 +25,7 @@ from axialtrain.models.transformer import AxialTransformer
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
-from axialtrain.train.compiled import compile_layers
+from axialtrain.train.compiled import compile_layers, compiles_passes
 from axialtrain.train.config import RunConfig
 from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
@@ -170,8 +170,8 @@ def _run(
                 print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
     model = parallelize(model, mesh, timeout=timeout)
     if config.train.compile:
-        split = config.mesh.row * config.mesh.col > 1
-        compile_layers(model, by_pass=split or config.train.recompute_band > 0)
+        by_pass = compiles_passes(config.mesh, config.train.recompute_band)
+        compile_layers(model, by_pass=by_pass)
     task.prepare(mesh, device)
     engine = Engine(
         model.to(device),

@@ -109,6 +109,7 @@ def test_moments_are_those_of_all_logits_of_valid_pairs(chunk, masked):
     assert_agree(torch.cat((all_mean, all_squares)), torch.cat((want_mean, want)), q, k, table)
 
 
+@pytest.mark.slow
 def test_in_bf16_the_gradient_of_a_table_is_added_up_in_fp32():
     """In many chunks as in one; and moments are in fp32 on ranks that have no line, too."""
     found = []

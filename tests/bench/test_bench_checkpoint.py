@@ -43,6 +43,7 @@ def test_only_a_new_file_is_written(tmp_path, name):
         bench_checkpoint([], tmp_path / name, every=5)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(ValueError, match="none: the run ended with status 2"):

@@ -50,6 +50,7 @@ def test_the_help_names_what_there_is():
     assert {name for name, suite in suites.SUITES.items() if suite.on_gpu} == set(arguments.ON_GPU)
 
 
+@pytest.mark.slow
 def test_attention(tmp_path, capsys):
     record = run("attention", tmp_path)
     dtypes = {row["case"].rpartition(", ")[2] for row in record["results"]}
@@ -125,6 +126,7 @@ def test_a_layer_without_the_package_stands_alone_and_says_so(tmp_path, monkeypa
     assert "axial-attention" in record["missing"][0]
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     record = run("step", tmp_path)
     (share,) = values(record, "share of bare products and attention")
@@ -177,6 +179,7 @@ def test_the_arithmetic_of_a_gigapixel():
         assert GOALS["host"].met(found.value)
 
 
+@pytest.mark.slow
 def test_complexity(tmp_path):
     record = run("complexity", tmp_path)
     assert values(record, "counted FLOP, off the formula by") == [0] * 6

@@ -78,6 +78,7 @@ def test_the_numbers_of_an_axial_resnet(name):
     assert f"{row.multiply_adds / 1e9:.3f}" == billions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(list_models("axial_vit_*")))
 def test_the_cost_of_an_axial_vit(name):
     assert row_of(name).multiply_adds == of_vit(model_config(name))

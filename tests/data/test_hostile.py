@@ -378,6 +378,7 @@ print("ended")
 """
 
 
+@pytest.mark.slow
 def test_bombs_take_no_memory(copy: Path, tmp_path: Path) -> None:
     """Small files that unpack to 100 MB, in a process whose memory is looked at."""
     many = zeros(100 * 10**6)

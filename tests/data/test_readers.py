@@ -273,6 +273,7 @@ def test_tiles_of_a_rectangle() -> None:
     assert list(tiles_of(Rect(40, 50, 0, 10), 40, 50, 16)) == []
 
 
+@pytest.mark.slow
 def test_slide_reads_as_tifffile_reads_it(sample: Callable[[str], Path]) -> None:
     path = sample("CMU-1-Small-Region.svs")
     with open_image(path) as image, tifffile.TiffFile(path) as tiff:

@@ -229,6 +229,7 @@ def test_command_takes_a_class_for_each_image(tmp_path: Path) -> None:
     assert [row.label for row in open_shards(out).images] == [7, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(name=st.from_regex(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{{MAX_NAME - 1}}}", fullmatch=True))
 def test_longest_names_are_read_back(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -59,6 +59,7 @@ def test_a_batch_is_the_same(tmp_path, monkeypatch, dtype, at):
     assert lean.bytes_read > whole.bytes_read
 
 
+@pytest.mark.slow
 def test_no_batch_is_left_while_the_next_one_is_read(tmp_path):
     """Where none is read ahead, which is where memory is short."""
     config = DataConfig(small_shards(tmp_path, {"a": (64, 64)}), window=[32, 32], prefetch=0)

@@ -83,6 +83,7 @@ class Stalling(LocalFileSystem):
         return bytes(super().cat_file(path, start, end, **options))
 
 
+@pytest.mark.slow
 def test_a_file_system_that_stalls_is_left_to_its_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
@@ -166,10 +167,18 @@ def sharded(
     grid = Mesh(**mesh, exchange=exchange, swap=swap, overlap=overlap)
     model = build(case)
     parallelize(model, grid)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, given)
+
     if case.compiled:
-        compile_layers(model, by_pass=True, backend="aot_eager")
+        compile_layers(model, by_pass=True, backend=backend)
     place = grid.place(*case.grid)
     output, prefix, grad = run(model, case, place)
+    assert (graphs > 0) == case.compiled
     gradients = _gradients(model)
     for gradient in gradients.values():
         dist.all_reduce(gradient, group=grid.replicas.handle)

@@ -62,6 +62,7 @@ def test_a_rank_that_dies_is_the_first():
         run_ranks(fail_before_another_dies, 2)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_test():
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] gave no answer"):

@@ -165,6 +165,7 @@ def test_deepspeed_is_started_on_all_hosts_by_pdsh(folder):
         assert {f"--node_rank={rank}", "--master_addr=node0", "--no_local_rank"} < set(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_hosts_are_told_when_the_launching_side_ends(script, how, folder):
@@ -181,11 +182,13 @@ def test_hosts_are_told_when_the_launching_side_ends(script, how, folder):
         assert status in (75, 128 + how)
 
 
+@pytest.mark.slow
 def test_the_status_is_that_of_the_host_that_failed(folder):
     with started("torchrun.sh", folder, FAILING="node1", SECONDS_OF_PART="2") as process:
         assert process.wait(30) == 3
 
 
+@pytest.mark.slow
 def test_deepspeed_ends_all_hosts_when_one_fails(folder):
     more = {"RUNNER": "ssh", "FAILING": "node0", "SECONDS_OF_PART": "50"}
     with started("deepspeed.sh", folder, **more) as process:

@@ -120,6 +120,7 @@ def test_the_semantic_model_is_the_semantic_half_of_the_panoptic_one():
     torch.testing.assert_close(out, both(image(64, 96))[..., :CLASSES])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kind", ["resnet", "deeplab"])
 def test_an_image_that_ends_inside_the_grid_is_as_if_it_ended_there(kind, training):
@@ -171,6 +172,7 @@ def test_weights_start_with_the_published_deviations():
     assert block.downsample.conv.weight.std() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_224_runs_at_384_x_640_with_tables_of_limited_span():
     """The same weights, another size: what torch's functions make of them there."""
     saved = randomised(Classifier(AxialResNet(resnet(span=20)), CLASSES, "mean")).eval()

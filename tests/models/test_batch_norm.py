@@ -108,6 +108,52 @@ def test_in_bf16_the_statistics_stay_in_fp32_and_are_those_of_fp32():
     assert norm.double().running_mean.dtype is torch.float64
 
 
+def kept_maps(norm: BatchNorm, x: Tensor, valid: Tensor | None) -> int:
+    """How many tensors of x's size are kept for backward."""
+    kept: dict[int, int] = {}
+
+    def pack(one: Tensor) -> Tensor:
+        storage = one.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        out = norm(x, valid)  # lives until all are counted
+    assert out.shape == x.shape
+    return sum(size >= x.nbytes for size in kept.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_map_is_kept_for_backward(masked):
+    x = values(2, 9, 9).requires_grad_()
+    valid = torch.rand(2, 9, 9) < 0.7 if masked else None
+    norm = BatchNorm(CHANNELS).double()
+    assert kept_maps(norm, x, valid) == 1
+    assert kept_maps(norm.eval(), x, valid) == 1
+    assert kept_maps(norm.requires_grad_(False), x, valid) == 0
+
+
+def test_a_frozen_norm_passes_gradients_on():
+    ours, torchs = pair()
+    found = []
+    for norm in (ours.eval(), torchs.eval()):
+        norm.requires_grad_(False)
+        x = values(2, 9).requires_grad_()
+        found.append(torch.autograd.grad(norm(x.view(-1, CHANNELS)).square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_backward_of_evaluation_may_come_behind_a_step():
+    norm, _ = pair()
+    x = values(2, 9)
+    norm.eval()
+    (want,) = torch.autograd.grad(norm(x).square().sum(), norm.weight)
+    out = norm(x)
+    norm.train()(values(2, 9, seed=1))  # moves the running statistics
+    (got,) = torch.autograd.grad(out.square().sum(), norm.weight)
+    assert torch.equal(got, want)
+
+
 def test_moments_in_parts_are_those_of_all():
     x = values(8)
     parts = [Moments.of(part, None) for part in x.split((1, 5, 2))]

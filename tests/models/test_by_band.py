@@ -49,6 +49,7 @@ def test_gradients_are_those_of_the_plain_run(name):
         assert_same(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"row": 2, "col": 2}, {"row": 2, "tensor": 2}], ids=str)
 def test_on_a_mesh_too(mesh):
     """Parts of uneven size, of which bands of one or two rows or columns are cut."""

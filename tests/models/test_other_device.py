@@ -9,6 +9,8 @@ from distributed.other_device_ranks import GRID, a_layer, a_transformer, convolu
 from axialtrain.attention.config import AxialConfig
 from axialtrain.models.recompute import Recompute
 
+pytestmark = pytest.mark.slow  # a process that imports everything anew
+
 PATTERNS = ["row+col", "window+shifted", "global", "window+row+col+global"]
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,18 @@ def test_each_axis_is_planned_once_a_forward(planned, monkeypatch, way, prefix):
     assert len(planned) == 2 + 2 * DEPTH * (2 if way.every else 1)
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", [Recompute(band=40), Recompute(2, 0.5, band=40)], ids=str)
+def test_each_band_is_planned_once_a_forward(planned, way):
+    """Of all layers, forward and again in backward: one row or column of two images at a time."""
+    step(way, 0)
+    found = Counter(across for across, _ in planned)
+    height, width = GRID
+    assert found == {
+        False: -(-height // max(1, 40 // (2 * width))),
+        True: -(-width // max(1, 40 // (2 * height))),
+    }
 
 
 def test_what_is_shared_is_that_of_the_same_lines_and_queries():

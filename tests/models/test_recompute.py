@@ -37,6 +37,7 @@ def test_gradients_are_the_same_to_the_last_bit(way):
         assert torch.equal(got.parameters[name], gradient), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"row": 2, "col": 2}, {"col": 2, "tensor": 2}], ids=str)
 def test_on_a_mesh_too(mesh):
     case = replace(CASE, recompute=Recompute(2, 0.5))

@@ -74,6 +74,7 @@ def test_lines_are_there_while_the_run_goes_on(nobody, tmp_path):
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "auto"])
 def test_wandb_runs_offline_without_a_question(mode, nobody, tmp_path):
     tracker = track(tmp_path / "run", mode)
