@@ -143,6 +143,7 @@ def test_no_tokens_or_no_lines_stay_in_the_graph():
             assert not gradient.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_no_more_logits_than_a_chunk_exist_at_a_time(masked):
     """64 lines of 64 tokens in chunks of 8: the peak stays under what all logits would take."""

@@ -13,7 +13,10 @@ GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here"),
 )
-CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+CPU = pytest.mark.slow  # a rehearsal, of some 100 small cases: not for the quick run
+CPU_AND_GPU = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=GPU)]
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # max|d| over max|reference|: of fp32 that of all tests; bf16 has 8 bits.
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -21,7 +24,10 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def sizes(cpu: Any, gpu: Any) -> pytest.MarkDecorator:
     """Small ones on a CPU, and those that matter on a GPU."""
-    cases = [pytest.param("cpu", cpu, id="cpu"), pytest.param("cuda", gpu, marks=GPU, id="cuda")]
+    cases = [
+        pytest.param("cpu", cpu, marks=CPU, id="cpu"),
+        pytest.param("cuda", gpu, marks=GPU, id="cuda"),
+    ]
     return pytest.mark.parametrize(("device", "size"), cases)
 
 
