@@ -60,7 +60,7 @@ class Drawn(NamedTuple):
     keep_mlp: Tensor | None = None
 
 
-# Of a layer: (itself, x, prefix, place, number, valid, drawn, last) -> x and prefix.
+# Of a layer: (itself, x, prefix, place, number, valid, drawn, with_mlp) -> x and prefix.
 OnePass = Callable[
     ["Layer", Tensor, Tensor, Place, int, GridMask | None, Drawn, bool], tuple[Tensor, Tensor]
 ]
@@ -188,15 +188,19 @@ class Layer(nn.Module):
             )
             # A prefix attends to the tokens of all bands at once.
             lines = len(which.dims) == 1 and goal.layout is not Layout.TILE and not prefix.shape[1]
+            # A band or a graph has the MLP in it; else it comes when what the pass made is let go.
+            within = False
             if lines and not band and self.exchange.in_bands(place, goal.layout):
                 x = self._as_they_arrive(x, prefix, place, goal, number, valid, drawn)
-                x = self._after(x, drawn.keep_mlp) if last else x
             else:
                 x = self.exchange(x, place, goal.layout)
+                within = last and ((lines and band > 0) or self.compiled_pass is not None)
                 if lines and band:
-                    x = self._in_bands(x, prefix, goal, number, valid, drawn, last, band)
+                    x = self._in_bands(x, prefix, goal, number, valid, drawn, within, band)
                 else:
-                    x, prefix = self._call(self, x, prefix, goal, number, valid, drawn, last)
+                    x, prefix = self._call(self, x, prefix, goal, number, valid, drawn, within)
+            if last and not within:
+                x, prefix = self._ended(x, prefix, drawn.keep_mlp)
             place = goal
         return x, prefix
 
@@ -208,9 +212,9 @@ class Layer(nn.Module):
         number: int,
         valid: GridMask | None,
         drawn: Drawn,
-        last: bool,
+        with_mlp: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Pass `number` where its tokens are, and where it is the last the MLP.
+        """Pass `number` where its tokens are, and the MLP behind it where asked for.
 
         x: [B, h, w, D] under place.layout, prefix: [B, n, D] -> the same.
         """
@@ -218,7 +222,7 @@ class Layer(nn.Module):
         attn, norm = _of(self.attn, number), _of(self.norm1, number)
         out, of_prefix = attn(norm(x), _on(norm, prefix), place, which, valid, skip=drawn.skip)
         x, prefix = self._added(x, out, drawn.keep), self._added(prefix, of_prefix, drawn.keep)
-        return self._ended(x, prefix, drawn.keep_mlp) if last else (x, prefix)
+        return self._ended(x, prefix, drawn.keep_mlp) if with_mlp else (x, prefix)
 
     @property
     def _call(self) -> OnePass:
@@ -255,10 +259,10 @@ class Layer(nn.Module):
         number: int,
         valid: GridMask | None,
         drawn: Drawn,
-        last: bool,
+        with_mlp: bool,
         band: int,
     ) -> Tensor:
-        """Pass `number`, of rows or columns, of which x alone is kept; the last with the MLP.
+        """Pass `number`, of rows or columns, of which x alone is kept, with the MLP or without.
 
         prefix: [B, 0, D].
         """
@@ -272,11 +276,11 @@ class Layer(nn.Module):
             part = parts[index]
             here = Place(part.height, part.width, place.layout, coarse=True)
             mask = None if valid is None else valid.part(part)
-            return self._call(self, tokens, prefix, here, number, mask, drawn, last)[0]
+            return self._call(self, tokens, prefix, here, number, mask, drawn, with_mlp)[0]
 
         sizes = [part.height if across == 1 else part.width for part in parts]
         used = [_of(self.attn, number), _of(self.norm1, number), self.ls1]
-        if last:
+        if with_mlp:
             used += [self.norm2, self.mlp, self.ls2]
         return in_bands(run, x, sizes, across, used)
 

@@ -73,8 +73,8 @@ def _check_split(model: AxialTransformerConfig, mesh: MeshConfig) -> None:
         if not met:
             raise ValueError(
                 f"train.compile=true, and mesh.{axis}={getattr(mesh, axis)}, with {key}={value}, "
-                f"whose collectives are in no graph: allowed is {allowed}, mesh.{axis}=1, or "
-                "train.compile=false"
+                f"whose collectives are in no graph: allowed is {allowed}, mesh.row=1 and "
+                "mesh.col=1, or train.compile=false"
             )
 
 

@@ -36,6 +36,16 @@ def saved_by(layer: Layer, side: int, band: int = 0) -> int:
     return sum(size for size, _ in found.values())
 
 
+def test_evaluation_lets_go_of_what_a_pass_made_before_its_mlp():
+    """Between its two passes and the MLP a layer holds the tokens once: with the norm's, and four
+    times their width before GELU and behind it, 10 in all."""
+    model = AxialTransformer(AxialTransformerConfig(**SMALL)).eval()
+    x = torch.randn(1, 32, 32, 64)
+    with torch.no_grad(), Peak() as peak:
+        model.blocks[0](x, x.new_zeros(1, 0, 64), Place(32, 32))
+    assert 10 <= peak.bytes / x.nbytes <= 10.1
+
+
 @pytest.mark.parametrize("pattern", ["row", "row+col"])
 @pytest.mark.parametrize("mlp_chunk", [None, 100], ids=["whole", "in chunks"])
 def test_a_layer_keeps_what_is_counted(pattern, mlp_chunk):
