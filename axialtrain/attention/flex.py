@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from axialtrain.attention.bias import Share, bias_at
 
 GRAPHS = 64  # kernels that torch may make of this
 REACH = 2**31 - 1  # numbers from the first to the last of a line: its kernels count in 32 bits
+
+# Of the forward kernel alone. Triton fetches biases ahead as it does keys and values, and each
+# stage of that holds numbers for all pairs of a tile: with the three stages that torch takes up to
+# 379 KB in 16 bits at 64 channels a head. A block of an H100 or H200 has 232: none would start.
+OPTIONS: Any = {"fwd_num_stages": 2}  # torch's type of it knows no prefixes
 
 
 def attend_flex(
@@ -74,7 +80,7 @@ def _flex(
         # Here, and not in a block mask: that would be made anew, from all pairs, for each mask.
         return logit if mask is None else torch.where(mask[line, key], logit, -torch.inf)
 
-    out: Tensor = flex_attention(q, k, v, score_mod=score)
+    out: Tensor = flex_attention(q, k, v, score_mod=score, kernel_options=OPTIONS)
     return out
 
 

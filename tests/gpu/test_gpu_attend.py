@@ -114,28 +114,28 @@ def test_flex_and_chunks_give_a_bias_the_same_values_and_gradients(device, dtype
 @pytest.mark.usefixtures("flex")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @CPU_AND_GPU
+@DTYPES
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("area", ["windows", "image"])
-def test_flex_and_chunks_over_areas(device, area):
-    shape = (1, 9, 14, 2, 16) if device == "cpu" else (1, 40, 66, 2, 64)
+def test_flex_and_chunks_over_areas(device, dtype, area, width):
+    """Two biases a pair: of all kernels of flex these need the most shared memory."""
+    shape = (1, 9, 14, 2, width // 4) if device == "cpu" else (1, 40, 66, 2, width)
     wide = [tokens(*shape, seed=seed) for seed in range(3)]
     wide += [tokens(2, 9, seed=3), tokens(2, 25, seed=4)]
     grid = Rect(0, shape[1], 0, shape[2])
     found = {}
-    for kernel, where, dtype in (
-        ("flex", device, torch.float32),
-        ("chunks", "cpu", torch.float64),
-    ):
-        inputs = [on(x, where, dtype) for x in wide]
+    for kernel, where, kind in (("flex", device, dtype), ("chunks", "cpu", torch.float64)):
+        inputs = [on(x, where, kind) for x in wide]
         q, k, v, *tables = inputs
         bias = (tables[0], tables[1])
         if area == "image":
             out = attend_all(q, k, v, grid, bias=bias, kernel=kernel)
         else:
             out = attend_windows(q, k, v, grid, grid, 8, 4, bias=bias, kernel=kernel)
-        weight = tokens(*shape, seed=5).to(where, dtype)
+        weight = tokens(*shape, seed=5).to(where, kind)
         found[kernel] = [out, *torch.autograd.grad(out, inputs, weight)]
     for got, want in zip(found["flex"], found["chunks"], strict=True):
-        assert_near(got, want, torch.float32)
+        assert_near(got, want, dtype)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
