@@ -10,15 +10,20 @@ and draws of numpy.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from pathlib import Path
+from sysconfig import get_path
 from typing import Any
 
 import torch
 from torch import nn
 
-from axialtrain.mesh.mesh import MeshConfig
+from axialtrain.mesh.collectives import gather_objects
+from axialtrain.mesh.mesh import Group, MeshConfig
 from axialtrain.models.layer import Layer
 from axialtrain.models.transformer import AxialTransformerConfig
+from axialtrain.train.alike import RefusedError
 
 GRAPHS = 64  # of a layer: sizes, with and without mask, training and evaluation
 OF_PASS = 6  # of each of these: bands of two sizes, forward, forward in backward, evaluation
@@ -76,6 +81,34 @@ def _check_split(model: AxialTransformerConfig, mesh: MeshConfig) -> None:
                 f"whose collectives are in no graph: allowed is {allowed}, mesh.row=1 and "
                 "mesh.col=1, or train.compile=false"
             )
+
+
+def check_compiler(device_type: str, world: Group) -> None:
+    """Raise RefusedError, on every rank, where a host lacks what torch compiles with. Collective.
+
+    For a CPU that is a C++ compiler and Python's headers. Of a GPU nothing is asked.
+    """
+    for host, lacking in gather_objects((socket.gethostname(), _lacking(device_type)), world):
+        if lacking:
+            raise RefusedError(
+                f"train.compile=true, and {host} has no {lacking}, with which torch compiles for a "
+                "CPU: allowed are a host that has it, or train.compile=false"
+            )
+
+
+def _lacking(device_type: str) -> str:
+    if device_type != "cpu":
+        return ""
+    # Imported here: they are much of what torch takes to import, and of no use to other runs.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "C++ compiler (g++, or the one that the environment's CXX names)"
+    header = Path(get_path("include"), "Python.h")
+    return "" if header.exists() else f"Python headers ({header})"
 
 
 def compiles_passes(mesh: MeshConfig, band: int) -> bool:

@@ -25,7 +25,7 @@ from axialtrain.models.transformer import AxialTransformer
 from axialtrain.train.alike import RefusedError
 from axialtrain.train.check import data_of, loader_of, task_of, with_statistics
 from axialtrain.train.checkpoint import Saved
-from axialtrain.train.compiled import compile_layers, compiles_passes
+from axialtrain.train.compiled import check_compiler, compile_layers, compiles_passes
 from axialtrain.train.config import RunConfig
 from axialtrain.train.damages import Damages
 from axialtrain.train.engine import Engine
@@ -112,6 +112,8 @@ def _run(
     )
     placement = placed(config.mesh.degrees, hosts)
     mesh.placed_on(placement)
+    if config.train.compile:
+        check_compiler(device.type, mesh.world)
     saved, problems = agreed(lambda: found(config, folder, verify=True), mesh.world)
     first = mesh.world.rank == 0
     tracker, refused = None, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from sysconfig import get_path
@@ -23,7 +24,12 @@ from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train import compiled
-from axialtrain.train.compiled import check_compile, compile_layers, compiles_passes
+from axialtrain.train.compiled import (
+    _lacking,
+    check_compile,
+    compile_layers,
+    compiles_passes,
+)
 from axialtrain.train.compose import compose_run
 
 pytestmark = pytest.mark.slow  # compiling
@@ -330,6 +336,33 @@ def test_data_ranks_split_images_and_zero_up_to_two_go_with_it():
     )
     check_compile(everything, MeshConfig(exchange="heads"), 0)
     check_compile(everything, MeshConfig(overlap=2), 0)
+
+
+def test_what_torch_compiles_with_is_named_where_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (sys.executable,))  # answers --version
+    monkeypatch.setattr("axialtrain.train.compiled.get_path", lambda name: str(tmp_path))
+    assert _lacking("cpu") == f"Python headers ({tmp_path / 'Python.h'})"
+    (tmp_path / "Python.h").touch()
+    assert _lacking("cpu") == ""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "g++"),))
+    assert _lacking("cpu").startswith("C++ compiler")
+    assert _lacking("cuda") == ""
+
+
+@pytest.mark.slow
+def test_a_run_without_a_compiler_is_refused_before_it_starts(axialtrain, small_shards, tmp_path):
+    done = axialtrain(
+        "train", "experiment=quickstart", "model.dim=16", "model.depth=1", "mesh.row=2",
+        "mesh.col=1", "train.compile=true", "logger=none", "data.validation=null",
+        f"data.shards={small_shards}", "hydra.run.dir=here",
+        cwd=tmp_path, CXX=str(tmp_path / "g++"),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if "train.compile=true" in line]
+    assert "has no C++ compiler" in said
+    assert "allowed are a host that has it, or train.compile=false" in said
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "here" / "config.yaml").exists()
 
 
 def test_bands_go_with_it():
