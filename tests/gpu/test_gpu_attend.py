@@ -114,11 +114,17 @@ def test_flex_and_chunks_give_a_bias_the_same_values_and_gradients(device, dtype
 @pytest.mark.usefixtures("flex")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @CPU_AND_GPU
-@DTYPES
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("area", ["windows", "image"])
-def test_flex_and_chunks_over_areas(device, dtype, area, width):
-    """Two biases a pair: of all kernels of flex these need the most shared memory."""
+@pytest.mark.parametrize(
+    ("area", "dtype", "width"),
+    [
+        pytest.param("windows", torch.float32, 64, id="windows, fp32"),
+        pytest.param("image", torch.float32, 64, id="image, fp32"),
+        pytest.param("image", torch.bfloat16, 64, id="image, bf16"),
+        pytest.param("image", torch.bfloat16, 128, id="image, bf16, 128 channels"),
+    ],
+)
+def test_flex_and_chunks_over_areas(device, area, dtype, width):
+    """Two biases a pair: in bf16 the kernels of flex that need the most shared memory."""
     shape = (1, 9, 14, 2, width // 4) if device == "cpu" else (1, 40, 66, 2, width)
     wide = [tokens(*shape, seed=seed) for seed in range(3)]
     wide += [tokens(2, 9, seed=3), tokens(2, 25, seed=4)]
