@@ -24,12 +24,7 @@ from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train import compiled
-from axialtrain.train.compiled import (
-    _lacking,
-    check_compile,
-    compile_layers,
-    compiles_passes,
-)
+from axialtrain.train.compiled import _lacking, check_compile, compile_layers, compiles_passes
 from axialtrain.train.compose import compose_run
 
 pytestmark = pytest.mark.slow  # compiling
@@ -349,7 +344,6 @@ def test_what_torch_compiles_with_is_named_where_it_lacks(monkeypatch, tmp_path)
     assert _lacking("cuda") == ""
 
 
-@pytest.mark.slow
 def test_a_run_without_a_compiler_is_refused_before_it_starts(axialtrain, small_shards, tmp_path):
     done = axialtrain(
         "train", "experiment=quickstart", "model.dim=16", "model.depth=1", "mesh.row=2",
