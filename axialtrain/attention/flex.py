@@ -24,6 +24,7 @@ REACH = 2**31 - 1  # numbers from the first to the last of a line: its kernels c
 # stage of that holds numbers for all pairs of a tile: with the three stages that torch takes up to
 # 379 KB in 16 bits at 64 channels a head. A block of an H100 or H200 has 232: none would start.
 OPTIONS: Any = {"fwd_num_stages": 2}  # torch's type of it knows no prefixes
+SHORT = 128  # lines of fewer queries: torch takes another kernel, with one stage
 
 
 def attend_flex(
@@ -80,7 +81,8 @@ def _flex(
         # Here, and not in a block mask: that would be made anew, from all pairs, for each mask.
         return logit if mask is None else torch.where(mask[line, key], logit, -torch.inf)
 
-    out: Tensor = flex_attention(q, k, v, score_mod=score, kernel_options=OPTIONS)
+    options = None if q.shape[-2] < SHORT else OPTIONS
+    out: Tensor = flex_attention(q, k, v, score_mod=score, kernel_options=options)
     return out
 
 
