@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from axialtrain.launch.errors import EXPECTED, again, own_rank, say
 from axialtrain.mesh.collectives import begin_all_to_all
@@ -22,6 +22,7 @@ from axialtrain.train.signals import Interrupted, Signals
 from axialtrain.train.watch import Watch
 
 FAULT_STEP = 3
+MEETING = timedelta(seconds=30)  # on a busy machine one rank has imported torch long before another
 
 
 def stop() -> None:
@@ -63,7 +64,9 @@ def small_run(
     """
     torch.set_num_threads(1)
     record_collectives(Path(folder))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo", timeout=MEETING)
+    dist.barrier()
+    _set_pg_timeout(timedelta(seconds=timeout))
     rank = dist.get_rank()
     everybody = Group(dist.group.WORLD, rank, tuple(range(dist.get_world_size())))
     signals = Signals()
