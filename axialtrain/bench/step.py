@@ -153,7 +153,7 @@ def gigapixel(
     config = AxialTransformerConfig(patch=patch, dim=dim, depth=depth, heads=heads)
     model = AxialTransformer(config).to(device, dtype)
     if compiled:
-        compile_layers(model, by_pass=compiles_passes(MeshConfig(), kept.band))
+        compile_layers(model, by_pass=compiles_passes(config, MeshConfig(), kept.band))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pixels = torch.ones(1, side, side, 3, dtype=dtype)  # on the host, as a run has them
     if setting.on_gpu and side == SIDES[0]:  # and pinned, where it can read ahead

@@ -19,6 +19,7 @@ import torch
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from fairscale.nn.model_parallel.mappings import (
+    _reduce,
     copy_to_model_parallel_region,
     reduce_from_model_parallel_region,
 )
@@ -71,7 +72,7 @@ def parallelize(
         module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
     local: dict[str, Callable[[Tensor], Tensor]] = {
         "copied": copy_to_model_parallel_region,
-        "summed": reduce_from_model_parallel_region,
+        "summed": _summed,
         "heads": partial(_heads_of, group=mesh.tensor),
     }
     for crossing in crossings:
@@ -92,6 +93,12 @@ def _split_modules(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
 def _heads_of(table: Tensor, group: Group) -> Tensor:
     # Copy forward, sum backward: each rank has the gradient of its own heads only.
     return copy_to_model_parallel_region(table).chunk(group.size)[group.rank]
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Sum over the tensor axis, in the memory of x; its gradient goes to each rank as it is."""
+    # torch's compiler has no graph of fairscale's function but where it has to differentiate it.
+    return reduce_from_model_parallel_region(x) if x.requires_grad else _reduce(None, x)
 
 
 def tensor_dims(model: nn.Module) -> dict[str, int]:
@@ -156,7 +163,7 @@ class _Rows(RowParallelLinear):
     arithmetic: Arithmetic = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = reduce_from_model_parallel_region(self.arithmetic(x, self.weight, None))
+        out = _summed(self.arithmetic(x, self.weight, None))
         return out if self.bias is None else out + self.bias
 
 

@@ -1,11 +1,11 @@
 """`train.compile`: the layers of an axial transformer, compiled by torch, each in place.
 
 A layer is one graph, with no break in it, for each size of the token grid (and with and without a
-mask), so a run over images of bucketed sizes compiles once for each bucket. Where a mesh splits the
-image, or with `train.recompute_band`, each of its passes is one, and all bands of a size share it.
-Weights keep their names. What has no graph is refused: other collectives within an image than the
-swaps between passes, the hooks with which ZeRO 3 gathers weights inside of a layer, a learned bias,
-and draws of numpy.
+mask), so a run over images of bucketed sizes compiles once for each bucket. Where something has to
+come between passes (swaps on a mesh that splits the image, the bands of `train.recompute_band`,
+draws of numpy), each pass is one, and all bands of a size share it. The sums over the tensor axis
+are in the graphs. Weights keep their names. What has no graph is refused: other collectives within
+an image than swaps, the hooks with which ZeRO 3 gathers weights inside of a layer, a learned bias.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.alike import RefusedError
 
 GRAPHS = 64  # of a layer: sizes, with and without mask, training and evaluation
-OF_PASS = 6  # of each of these: bands of two sizes, forward, forward in backward, evaluation
+# Of each of these in passes: bands of two sizes; forward, and forward in backward, each of a pass
+# that is run or left out; evaluation
+OF_PASS = 10
 
 
 def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
@@ -35,11 +37,6 @@ def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
         raise ValueError(
             f"train.compile=true, and model is {type(model).__name__}: allowed are axial "
             "transformers, or train.compile=false"
-        )
-    if mesh.tensor > 1:
-        raise ValueError(
-            f"train.compile=true, and mesh.tensor={mesh.tensor}: its collectives are in no graph: "
-            "allowed is mesh.tensor=1, or train.compile=false"
         )
     if mesh.row * mesh.col > 1:
         _check_split(model, mesh)
@@ -53,13 +50,18 @@ def check_compile(model: object, mesh: MeshConfig, stage: int) -> None:
             "train.compile=true, and model.axial_config.positions=relative, whose gradient is "
             "taken in chunks without a graph: allowed are rope, axial, none, or train.compile=false"
         )
-    draws = {"drop_path": model.drop_path, "axial_config.skip_axis": model.axial_config.skip_axis}
-    for key, value in draws.items():
-        if value:
-            raise ValueError(
-                f"train.compile=true, and model.{key}={value}, which is drawn inside of a layer: "
-                "allowed is 0, or train.compile=false"
-            )
+    if model.axial_config.fusion == "sum":
+        for key, value in _draws(model).items():
+            if value:
+                raise ValueError(
+                    f"train.compile=true, and model.{key}={value}, which is drawn between passes, "
+                    "with model.axial_config.fusion=sum, whose passes are one graph: allowed is "
+                    f"model.{key}=0, fusion=sequential, or train.compile=false"
+                )
+
+
+def _draws(model: AxialTransformerConfig) -> dict[str, float]:
+    return {"drop_path": model.drop_path, "axial_config.skip_axis": model.axial_config.skip_axis}
 
 
 def _check_split(model: AxialTransformerConfig, mesh: MeshConfig) -> None:
@@ -111,9 +113,9 @@ def _lacking(device_type: str) -> str:
     return "" if header.exists() else f"Python headers ({header})"
 
 
-def compiles_passes(mesh: MeshConfig, band: int) -> bool:
+def compiles_passes(model: AxialTransformerConfig, mesh: MeshConfig, band: int) -> bool:
     """Whether `compile_layers` must go by passes. band: `train.recompute_band`."""
-    return mesh.row * mesh.col > 1 or band > 0
+    return mesh.row * mesh.col > 1 or band > 0 or any(_draws(model).values())
 
 
 def compile_layers(
@@ -122,7 +124,7 @@ def compile_layers(
     """Compile every layer of `model` where it stands; returns how many there are.
 
     by_pass: a graph of each pass, the last with the MLP, not of the whole layer: what exchanges
-        tokens between passes, or takes a pass in bands, stays outside.
+        tokens between passes, takes a pass in bands, or draws, stays outside.
     backend: torch's, by name or as a function. An operation without a graph is an error.
     Raises ValueError where the model has no layer of ours, or by_pass one whose passes are summed.
     """

@@ -172,7 +172,7 @@ def _run(
                 print(f"init={config.init}: {what}: {', '.join(names)}", flush=True)
     model = parallelize(model, mesh, timeout=timeout)
     if config.train.compile:
-        by_pass = compiles_passes(config.mesh, config.train.recompute_band)
+        by_pass = compiles_passes(config.model, config.mesh, config.train.recompute_band)
         compile_layers(model, by_pass=by_pass)
     task.prepare(mesh, device)
     engine = Engine(

@@ -14,13 +14,13 @@ from torch._dynamo.backends.debugging import aot_eager
 from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.crossing import Crossing
-from axialtrain.mesh.mesh import Group, Mesh
+from axialtrain.mesh.mesh import Group, Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize, tensor_dims
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
-from axialtrain.train.compiled import compile_layers
+from axialtrain.train.compiled import compile_layers, compiles_passes
 
 PATCH = 2
 CHANCE = Chance(seed=1, step=0, samples=(5, 6))
@@ -31,8 +31,8 @@ class Case:
     """One model on one grid; `holes` leaves out tokens, whole rows and whole columns.
 
     holes None: there is no mask at all. span None: relative tables of the grid's extent.
-    head: tokens (a Segmenter) or a pool of `Classifier`. compiled: passes are graphs, run as torch
-    traced them.
+    head: tokens (a Segmenter) or a pool of `Classifier`. compiled: passes or layers are graphs, as
+    `train.compile` makes them, run as torch traced them.
     """
 
     grid: tuple[int, int]
@@ -77,30 +77,32 @@ class Gradients:
     sent: dict[str, int]
 
 
+def _config(case: Case) -> AxialTransformerConfig:
+    return AxialTransformerConfig(
+        patch=PATCH,
+        dim=case.dim,
+        depth=case.depth,
+        heads=case.heads,
+        mlp_ratio=case.mlp_ratio,
+        prefix_tokens=case.prefix,
+        drop_path=case.drop_path,
+        grid=list(case.grid),
+        mlp_chunk=case.mlp_chunk,
+        axial_config=AxialConfig(
+            pattern=list(case.pattern),
+            fusion=case.fusion,
+            share_projections=case.share,
+            positions=case.positions,
+            window=case.window,
+            span=case.span,
+            skip_axis=case.skip_axis,
+        ),
+    )
+
+
 def build(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    backbone = AxialTransformer(
-        AxialTransformerConfig(
-            patch=PATCH,
-            dim=case.dim,
-            depth=case.depth,
-            heads=case.heads,
-            mlp_ratio=case.mlp_ratio,
-            prefix_tokens=case.prefix,
-            drop_path=case.drop_path,
-            grid=list(case.grid),
-            mlp_chunk=case.mlp_chunk,
-            axial_config=AxialConfig(
-                pattern=list(case.pattern),
-                fusion=case.fusion,
-                share_projections=case.share,
-                positions=case.positions,
-                window=case.window,
-                span=case.span,
-                skip_axis=case.skip_axis,
-            ),
-        )
-    )
+    backbone = AxialTransformer(_config(case))
     backbone.recompute = case.recompute
     model: nn.Module
     if case.head == "tokens":
@@ -175,7 +177,8 @@ def sharded(
         return aot_eager(graph, given)
 
     if case.compiled:
-        compile_layers(model, by_pass=True, backend=backend)
+        by_pass = compiles_passes(_config(case), MeshConfig(**mesh), case.recompute.band)
+        compile_layers(model, by_pass=by_pass, backend=backend)
     place = grid.place(*case.grid)
     output, prefix, grad = run(model, case, place)
     assert (graphs > 0) == case.compiled
