@@ -13,7 +13,7 @@ from pathlib import Path
 from axialtrain.bench import arguments as bench_arguments
 from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
-from axialtrain.launch.errors import EXPECTED, again, own_rank, say, speaks
+from axialtrain.launch.errors import EXPECTED, again, own_rank, say, say_once
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
 
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed))
     except EXPECTED as error:
-        # Under torchrun every rank refuses the same thing for the same reason: said once.
-        return say(error) if speaks() else 2
+        # Under torchrun every rank refuses the same thing for the same reason.
+        return say_once(error)
     except KeyboardInterrupt:
         print("axialtrain: interrupted", file=sys.stderr)
         return 130
@@ -286,7 +286,7 @@ def _train(parsed: argparse.Namespace) -> int:
     except Interrupted as error:
         return again(error)
     except AlikeError as error:
-        return say(error) if own_rank() == 0 else 2
+        return say_once(error)
     except EXPECTED as error:
         return say(error, rank=own_rank())  # what only this rank knows
     return 0

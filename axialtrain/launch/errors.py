@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from axialtrain.train.signals import AGAIN, Interrupted
 
 # RankLostError of train/watch.py is an OSError: another rank ended this one, and is named.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+
+PATIENCE = 15.0  # s that rank 0 has to say what every rank has found
 
 
 def say(error: BaseException, *, rank: int | None = None) -> int:
@@ -17,6 +20,19 @@ def say(error: BaseException, *, rank: int | None = None) -> int:
     what = str(error) or type(error).__name__
     print(f"{who}: {what}", file=sys.stderr, flush=True)
     return 2
+
+
+def say_once(error: BaseException) -> int:
+    """Print what all ranks have found alike, on rank 0; returns status 2.
+
+    The others wait to be ended by their launcher, as soon as rank 0 has spoken and ended: torchrun
+    ends rank 0 when another one ends, be it before rank 0 has come so far. Where nobody ends them,
+    only their host may have found it: then one rank of a host speaks.
+    """
+    if speaks():
+        return say(error)
+    time.sleep(PATIENCE)
+    return say(error, rank=own_rank()) if os.environ.get("LOCAL_RANK") == "0" else 2
 
 
 def again(error: Interrupted) -> int:

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from distributed.watch_ranks import small_run
 
-from axialtrain.launch.errors import speaks
+from axialtrain.launch import errors
+from axialtrain.launch.errors import say_once, speaks
 from axialtrain.launch.local import (
     can_fork,
     processes_of_outer_launcher,
@@ -305,3 +306,39 @@ def test_who_says_what_all_ranks_found(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert speaks() == expected
+
+
+LATE = """
+import os, sys, time
+from axialtrain.launch.errors import say_once
+if os.environ["RANK"] == "0":
+    time.sleep(3)
+sys.exit(say_once(ValueError("planted")))
+"""
+
+
+def test_what_all_ranks_found_is_said_where_rank_0_comes_late(tmp_path):
+    """torchrun ended it as soon as another rank had ended, which said nothing."""
+    (tmp_path / "late.py").write_text(LATE)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(tmp_path / "late.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("axialtrain: planted") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("local", "said"), [("0", "axialtrain: rank 3: planted\n"), ("1", "")], ids=["first", "second"]
+)
+def test_what_only_another_host_found_is_said_there(monkeypatch, capfd, local, said):
+    monkeypatch.setattr(errors, "PATIENCE", 0.1)
+    for name, value in {"RANK": "3", "LOCAL_RANK": local, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert say_once(ValueError("planted")) == 2
+    assert capfd.readouterr().err == said
