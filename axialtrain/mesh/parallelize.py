@@ -71,7 +71,7 @@ def parallelize(
         module.set_submodule(first, _column(module.get_submodule(first), mesh.tensor))
         module.set_submodule(last, _row(module.get_submodule(last), mesh.tensor))
     local: dict[str, Callable[[Tensor], Tensor]] = {
-        "copied": copy_to_model_parallel_region,
+        "copied": _copied,
         "summed": _summed,
         "heads": partial(_heads_of, group=mesh.tensor),
     }
@@ -92,13 +92,7 @@ def _split_modules(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
 
 def _heads_of(table: Tensor, group: Group) -> Tensor:
     # Copy forward, sum backward: each rank has the gradient of its own heads only.
-    return copy_to_model_parallel_region(table).chunk(group.size)[group.rank]
-
-
-def _summed(x: Tensor) -> Tensor:
-    """Sum over the tensor axis, in the memory of x; its gradient goes to each rank as it is."""
-    # torch's compiler has no graph of fairscale's function but where it has to differentiate it.
-    return reduce_from_model_parallel_region(x) if x.requires_grad else _reduce(None, x)
+    return _copied(table).chunk(group.size)[group.rank]
 
 
 def tensor_dims(model: nn.Module) -> dict[str, int]:
@@ -146,6 +140,55 @@ def _leave(weight: Tensor) -> Tensor:
     return weight  # fairscale's constructors fill a full matrix that is thrown away: skip it
 
 
+@torch.library.custom_op("axialtrain::sum_over_tensor", mutates_args=())
+def _sum_over_tensor(x: Tensor) -> Tensor:
+    """fairscale's sum, as one operation of a graph.
+
+    Traced, it would be calls of which no frame shows that a rank waits in a collective
+    (`train.beats.waits`), and its mark_dirty can be traced in some places only.
+    """
+    return _reduce(None, x.clone(memory_format=torch.contiguous_format))
+
+
+@_sum_over_tensor.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _CopiedInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _sum_over_tensor(grads[0])
+
+
+class _SummedInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _sum_over_tensor(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _copied(x: Tensor) -> Tensor:
+    """x itself, whose gradient is the sum over the tensor axis."""
+    if torch.compiler.is_compiling():
+        return _CopiedInGraph.apply(x)
+    return copy_to_model_parallel_region(x)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Sum over the tensor axis, whose gradient goes to each rank as it is. x may be overwritten."""
+    if torch.compiler.is_compiling():
+        return _SummedInGraph.apply(x)
+    return reduce_from_model_parallel_region(x)
+
+
 class _Columns(ColumnParallelLinear):
     """Some of the outputs, by the arithmetic of the layer that it takes the place of."""
 
@@ -153,7 +196,7 @@ class _Columns(ColumnParallelLinear):
 
     def forward(self, x: Tensor, *more: Any) -> Any:
         # Identity forward, sum of the gradients over the tensor axis backward.
-        x = copy_to_model_parallel_region(x)
+        x = _copied(x)
         return self.arithmetic(x, self.weight, self.bias, *(() if not more else (more,)))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from axialtrain.models.chance import Chance
 from axialtrain.models.heads import Classifier, Segmenter
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
+from axialtrain.train.beats import position
 from axialtrain.train.compiled import compile_layers, compiles_passes
+from axialtrain.train.watch import from_collective
 
 PATCH = 2
 CHANCE = Chance(seed=1, step=0, samples=(5, 6))
@@ -294,3 +298,35 @@ def wrong_size(mesh: dict[str, int]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def left_alone_in_a_graph() -> tuple[bool, bool, str] | None:
+    """Rank 0 runs a compiled model on a tensor axis, and no other does. Of its error and of where
+    it stood meanwhile, whether both are known as those of a collective; and where that was."""
+    grid = Mesh(tensor=2)
+    model = build(Case((4, 4), depth=1))
+    parallelize(model, grid, timeout=timedelta(seconds=2))
+    compile_layers(model, backend="aot_eager")
+    if grid.tensor.rank != 0:
+        return None
+    stood: list[tuple[str, bool]] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            stood.append(position([threading.get_ident()]))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 8, 8, 3).double(), None, grid.place(4, 4))
+    except RuntimeError as error:
+        known = from_collective(error)
+    else:
+        raise AssertionError("nobody was there to add to the sum")
+    finally:
+        ended.set()
+        looking.join()
+    where, waited = stood[-1]
+    return known, waited, where

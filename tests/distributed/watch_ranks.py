@@ -79,6 +79,7 @@ def small_run(
             if step == FAULT_STEP:
                 time.sleep(1.0)  # the beat that tells the step
                 print("there", flush=True)
+                Path(folder, "there").touch()
                 if rank == victim and fault != "none":
                     FAULTS[fault]()
                 if alone:

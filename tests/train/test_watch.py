@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.launcher import run_ranks
+from distributed.model_ranks import left_alone_in_a_graph
 from distributed.watch_ranks import apart, small_run, stopped_together
 from torch.distributed import TCPStore
 
@@ -128,6 +129,15 @@ def test_waiting_for_what_zero_3_gathers_is_waiting_in_a_collective():
     assert from_collective(raised.value)
 
 
+@pytest.mark.slow
+def test_waiting_within_a_compiled_layer_is_waiting_in_a_collective():
+    found, _ = run_ranks(left_alone_in_a_graph, 2, timeout=100)
+    known, waited, where = found
+    assert known
+    assert waited
+    assert where.startswith("axialtrain/mesh/parallelize.py:")
+
+
 SERVER = """
 import sys, time
 from torch.distributed import TCPStore
@@ -220,9 +230,8 @@ def test_only_an_agent_that_starts_nothing_again_is_ended(monkeypatch, name, res
     ids=["stopped", "stopped while others compute", "hangs"],
 )
 def test_a_rank_that_hangs_is_named(capfd, tmp_path, fault, victim, alone, expected):
-    started = time.monotonic()
     assert start(small_run, (fault, victim, TIMEOUT, str(tmp_path), alone), 2) == 1
-    assert time.monotonic() - started < TIMEOUT + 20  # two imports of torch among them
+    assert time.time() - (tmp_path / "there").stat().st_mtime < TIMEOUT + 15
     errors = capfd.readouterr().err
     assert errors.count(expected) == 1, errors
     assert last_collective(tmp_path, 1 - victim) == "gloo:all_reduce"
