@@ -137,6 +137,23 @@ def test_what_is_imported_is_asked_for(names):
     assert undeclared == []
 
 
+@pytest.mark.parametrize(
+    ("modules", "spared"),
+    [
+        ("axialtrain.models.registry, axialtrain.tasks.segmentation", "torch._dynamo"),
+        ("axialtrain.launch.local, axialtrain.bench.suites", "torch._dynamo"),
+        ("axialtrain.train.run", "torch._inductor.compile_fx"),
+    ],
+    ids=["models", "commands", "training"],
+)
+def test_no_process_imports_a_compiler_that_it_does_not_use(modules, spared):
+    """They take one second of processor time, and two."""
+    code = f"import sys, {modules}\nprint(*sys.modules)"
+    found = run(sys.executable, "-c", code, cwd=REPOSITORY).split()
+    assert modules.split(", ")[0] in found
+    assert spared not in found
+
+
 def test_a_wheel_in_an_empty_environment_runs_the_quickstart(built, tmp_path):
     python = environment(tmp_path / "environment", built[1])
     empty = tmp_path / "empty"

@@ -19,6 +19,8 @@ from axialtrain.attention.bias import Bias, BiasOf
 # 16-bit dtypes, and what a CPU must be able to do so that products in them are faster than in fp32.
 # torch tells by these names (`torch.cpu.get_capabilities`), which are those of x86.
 ARITHMETIC = {torch.bfloat16: ("avx512_bf16", "amx_bf16")}
+# Asked once: in a graph of torch's compiler it could not be.
+CPU = torch.cpu.get_capabilities()
 
 # Logits that exist at a time on a CPU: what its caches hold (2 MB in fp32).
 CPU_CHUNK = 2**19
@@ -51,10 +53,8 @@ def attend_in_chunks(
     return out
 
 
-@torch.compiler.assume_constant_result
 def _cpu_can(names: tuple[str, ...]) -> bool:
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in names)
+    return any(CPU.get(name) for name in names)
 
 
 def products_dtype(q: Tensor, *others: Tensor) -> torch.dtype:

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 # Numbers of the widest tensor of a chunk: on a CPU it stays in the cache, on a GPU it fills it.
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
 LEAST = 512  # tokens of a chunk: below, products are no longer at their full rate
+# Asked once: in a graph of torch's compiler it could not be.
+CPU = torch.backends.cpu.get_cpu_capability()
 
 Arithmetic = Callable[..., Any]  # (x, weight, bias, ...) -> what the layer gives
 
@@ -29,9 +31,8 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if slow and _without_16_bits() else x.dtype
 
 
-@torch.compiler.assume_constant_result
 def _without_16_bits() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT", "NO AVX")
+    return CPU in ("AVX2", "DEFAULT", "NO AVX")
 
 
 def autocasts(kind: str) -> bool:

@@ -8,6 +8,7 @@ ranks or as a second mesh dim, it does not sum their gradients at some ZeRO stag
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from functools import partial
 from typing import Any
 
 import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # it will be: here, local ranks share it
+import deepspeed.runtime.compiler
 import torch
+import torch._dynamo  # torch's optimizers import it: here, local ranks share it
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -36,6 +38,23 @@ from axialtrain.train.topology import Topology
 # Elements of the buffers in which DeepSpeed sums gradients and gathers weights. It allocates them
 # whole, whatever the size of the model; its default of 5e8 would be 2 GB.
 BUCKET = 2**24
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as it does itself with the first gradient, whatever the optimizer.
+
+    Here local ranks share it; and it is left as Python, for it would be compiled by torch, which
+    imports all of inductor: 2 s of processor time, for an optimizer that we do not have.
+    """
+    compiler = deepspeed.runtime.compiler
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
+
+
+_import_muon()
 
 
 class Engine:

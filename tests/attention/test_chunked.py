@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from axialtrain.attention import chunked
 from axialtrain.attention.axis import attend
 from axialtrain.attention.chunked import attend_in_chunks, products_dtype
 from axialtrain.attention.kernels import LIMITS, Limits, kernel_for, lines_at_a_time
@@ -63,13 +64,13 @@ def test_gradcheck(monkeypatch, biased, chunk, dim):
 @pytest.fixture
 def no_bf16(monkeypatch):
     """A CPU without arithmetic in bf16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(chunked, "CPU", {})
 
 
 @pytest.fixture
 def bf16(monkeypatch):
     """One that says it has it: products are in bf16 on every machine, only slower on some."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(chunked, "CPU", {"avx512_bf16": True})
 
 
 @DIMS
@@ -232,7 +233,7 @@ def test_products_are_in_bf16_where_the_cpu_says_so(monkeypatch):
     narrow, wide = torch.bfloat16, torch.float32
     one = torch.empty(1)
     for able, dtype in (({}, wide), ({"avx512_bf16": True}, narrow), ({"amx_bf16": True}, narrow)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        monkeypatch.setattr(chunked, "CPU", able)
         assert products_dtype(one.bfloat16()) is dtype
         assert products_dtype(one.half()) is wide
         assert products_dtype(one) is wide

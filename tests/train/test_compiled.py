@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Place
+from axialtrain.mesh import projection
 from axialtrain.mesh.mesh import Mesh, MeshConfig
 from axialtrain.mesh.parallelize import parallelize
 from axialtrain.models.chance import Chance
@@ -25,6 +27,7 @@ from axialtrain.models.recompute import Recompute
 from axialtrain.models.registry import model_config
 from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train import compiled
+from axialtrain.train.checkpoint import newest
 from axialtrain.train.compiled import _lacking, check_compile, compile_layers, compiles_passes
 from axialtrain.train.compose import compose_run
 
@@ -167,8 +170,8 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("able", ["AVX2", "AVX512", "as it is"])
 def test_in_bf16_too(able, monkeypatch):
     """Rounded at the same places, whether the CPU calculates in bf16 or not."""
-    if able != "as it is":  # which torch asks in C++, where nothing can be traced
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: able)
+    if able != "as it is":
+        monkeypatch.setattr(projection, "CPU", able)
     options = {"depth": 1, "axial_config": {"pattern": ["row"], "kernel": "fused"}}
     plain, graphed = transformer(**options).bfloat16(), transformer(**options).bfloat16()
     compile_layers(graphed, backend=Counting())
@@ -201,11 +204,11 @@ MESHES = {
     ),
     "a pass a layer": (Case((13, 10), ("row", "col")), {"row": 2, "col": 2}),
     "heads in parts, bands, draws": (
-        Case((13, 10), recompute=Recompute(band=1), skip_axis=0.9, drop_path=0.5),
+        Case((13, 10), recompute=Recompute(band=1), skip_axis=0.9, drop_path=0.5, mlp_chunk=11),
         {"col": 2, "tensor": 2},
     ),
     "layers of heads in parts": (
-        Case((13, 10), depth=1, fusion="sum", prefix=2),
+        Case((13, 10), depth=1, fusion="sum", prefix=2, mlp_chunk=100),
         {"tensor": 2},
     ),
 }
@@ -230,17 +233,31 @@ def test_a_compiled_model_is_the_same_on_a_mesh(case, mesh):
         assert abs(got.norm - want.norm) <= 1e-10 * want.norm
 
 
-def test_the_compiler_of_runs_has_the_gradients_of_plain_layers(tmp_path, monkeypatch):
+def test_a_compiled_run_has_the_weights_of_a_plain_one(axialtrain, small_shards, tmp_path):
+    """Through the command, by torch's own compiler, with a validation at the end."""
     gxx()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    one = {"depth": 1, "axial_config": {"pattern": ["row"]}}  # each kernel takes g++ a second
-    plain, graphed = transformer(**one).float(), transformer(**one).float()
-    compile_layers(graphed)
-    want = gradients(plain, SIZES[0], holes=False)
-    got = gradients(graphed, SIZES[0], holes=False)
+    found = []
+    for compiled_too in (False, True):
+        folder = tmp_path / f"compiled-{compiled_too}"
+        done = axialtrain(
+            "train", "experiment=quickstart", "mesh=single", "model.dim=16", "model.depth=1",
+            "model.axial_config.pattern=[row]", "optim=sgd", "train.steps=3",
+            "train.validate_every=3", f"train.compile={compiled_too}", "logger=none",
+            f"data.shards={small_shards}", f"data.validation={small_shards}",
+            f"hydra.run.dir={folder}",
+            cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        found.append((newest(folder).weights(), last))
+    assert list(tmp_path.glob("cache/*")), "nothing was compiled"
+    (want, plain), (got, graphed) = found
+    assert got.keys() == want.keys()
     for name in want:
         error = (got[name] - want[name]).abs().max()
         assert error <= 1e-5 * want[name].abs().max(), name
+    for key in ("loss", "grad_norm", "miou"):
+        assert graphed[key] == pytest.approx(plain[key], rel=1e-5), key
 
 
 def test_limits_are_raised_for_layers_alone():
