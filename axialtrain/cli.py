@@ -13,7 +13,7 @@ from pathlib import Path
 from axialtrain.bench import arguments as bench_arguments
 from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
-from axialtrain.launch.errors import EXPECTED, again, own_rank, say, say_once
+from axialtrain.launch.errors import EXPECTED, again, own_rank, say, say_by_host, speaks, to_the_end
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
 
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed))
     except EXPECTED as error:
-        # Under torchrun every rank refuses the same thing for the same reason.
-        return say_once(error)
+        # Under torchrun every rank refuses the same thing for the same reason: said once.
+        return say(error) if speaks() else 2
     except KeyboardInterrupt:
         print("axialtrain: interrupted", file=sys.stderr)
         return 130
@@ -267,10 +267,17 @@ def _train(parsed: argparse.Namespace) -> int:
     started = processes_of_outer_launcher()
     own_threads = torch.get_num_threads()
     fork = parsed.own_process and started is None and can_fork()
-    config, folder, text = compose_run(parsed.overrides, started)
-    check(config, folder, started)
-    device = device_type(config.launcher.device, config.mesh.size)
-    check_kernel(config, device)
+    with to_the_end():
+        try:
+            config, folder, text = compose_run(parsed.overrides, started)
+        except EXPECTED as error:  # the arguments are the same everywhere
+            return say(error) if speaks() else 2
+        try:
+            check(config, folder, started)
+            device = device_type(config.launcher.device, config.mesh.size)
+            check_kernel(config, device)
+        except EXPECTED as error:  # files and devices may not be
+            return say_by_host(error)
     # Otherwise DeepSpeed looks for an accelerator by itself, and says on stdout what it found.
     os.environ["DS_ACCELERATOR"] = device
     from axialtrain.train.run import run
@@ -286,7 +293,7 @@ def _train(parsed: argparse.Namespace) -> int:
     except Interrupted as error:
         return again(error)
     except AlikeError as error:
-        return say_once(error)
+        return say(error) if own_rank() == 0 else 2
     except EXPECTED as error:
         return say(error, rank=own_rank())  # what only this rank knows
     return 0

@@ -164,6 +164,20 @@ def test_an_error_that_only_one_rank_knows_is_said_by_it(
     assert capsys.readouterr().err == "axialtrain: rank 1: shard-00000.tar: byte 512: is damaged\n"
 
 
+@pytest.mark.parametrize(
+    ("local", "said"), [("0", "axialtrain: rank 2: shards: "), ("1", "")], ids=["first", "second"]
+)
+def test_a_host_without_the_shards_says_so(monkeypatch, tmp_path, capsys, local, said):
+    """By its first rank, for rank 0, on another host, may have them."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", local), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(train("shards", "mesh=single")) == 2
+    heard = capsys.readouterr().err
+    assert heard.startswith(said)
+    assert bool(heard) == bool(said)
+
+
 def test_an_empty_shard_folder(axialtrain, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(axialtrain, train("empty"), tmp_path, "manifest")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from axialtrain.train.signals import AGAIN, Interrupted
 
 # RankLostError of train/watch.py is an OSError: another rank ended this one, and is named.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
-
-PATIENCE = 15.0  # s that rank 0 has to say what every rank has found
 
 
 def say(error: BaseException, *, rank: int | None = None) -> int:
@@ -22,17 +22,31 @@ def say(error: BaseException, *, rank: int | None = None) -> int:
     return 2
 
 
-def say_once(error: BaseException) -> int:
-    """Print what all ranks have found alike, on rank 0; returns status 2.
-
-    The others wait to be ended by their launcher, as soon as rank 0 has spoken and ended: torchrun
-    ends rank 0 when another one ends, be it before rank 0 has come so far. Where nobody ends them,
-    only their host may have found it: then one rank of a host speaks.
-    """
+def say_by_host(error: BaseException) -> int:
+    """Print what every rank of a host has found alike, on its first; returns status 2."""
     if speaks():
         return say(error)
-    time.sleep(PATIENCE)
-    return say(error, rank=own_rank()) if os.environ.get("LOCAL_RANK") == "0" else 2
+    return say(error, rank=own_rank()) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+
+
+@contextmanager
+def to_the_end() -> Iterator[None]:
+    """Under a launcher, SIGTERM waits until this is left; it ends the process then.
+
+    torchrun sends it as soon as another rank has ended. That one may only have been faster to find
+    what this one is about to find and to say, for both.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def again(error: Interrupted) -> int:

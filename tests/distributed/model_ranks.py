@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from axialtrain.attention.config import AxialConfig
 from axialtrain.grid import Layout, Place
@@ -300,13 +302,18 @@ def wrong_size(mesh: dict[str, int]) -> str:
     return ""
 
 
-def left_alone_in_a_graph() -> tuple[bool, bool, str] | None:
-    """Rank 0 runs a compiled model on a tensor axis, and no other does. Of its error and of where
-    it stood meanwhile, whether both are known as those of a collective; and where that was."""
+def left_alone_in_a_graph(backward: bool) -> tuple[bool, bool, str] | None:
+    """Rank 0 runs a compiled model on a tensor axis, and no other does; or only its backward. Of
+    its error and of where it stood meanwhile, whether both are known as those of a collective; and
+    where that was."""
     grid = Mesh(tensor=2)
     model = build(Case((4, 4), depth=1))
-    parallelize(model, grid, timeout=timedelta(seconds=2))
+    parallelize(model, grid)
     compile_layers(model, backend="aot_eager")
+    place, pixels = grid.place(4, 4), torch.zeros(1, 8, 8, 3).double()
+    out = model(pixels, None, place) if backward else None
+    dist.barrier()
+    _set_pg_timeout(timedelta(seconds=2), get_model_parallel_group())
     if grid.tensor.rank != 0:
         return None
     stood: list[tuple[str, bool]] = []
@@ -319,8 +326,11 @@ def left_alone_in_a_graph() -> tuple[bool, bool, str] | None:
     looking = threading.Thread(target=look)
     looking.start()
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 8, 8, 3).double(), None, grid.place(4, 4))
+        if out is None:
+            with torch.no_grad():
+                model(pixels, None, place)
+        else:
+            out.sum().backward()
     except RuntimeError as error:
         known = from_collective(error)
     else:

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from distributed.watch_ranks import small_run
 
-from axialtrain.launch import errors
-from axialtrain.launch.errors import say_once, speaks
+from axialtrain.launch.errors import say_by_host, speaks
 from axialtrain.launch.local import (
     can_fork,
     processes_of_outer_launcher,
@@ -309,16 +308,19 @@ def test_who_says_what_all_ranks_found(monkeypatch, environment, expected):
 
 
 LATE = """
-import os, sys, time
-from axialtrain.launch.errors import say_once
-if os.environ["RANK"] == "0":
-    time.sleep(3)
-sys.exit(say_once(ValueError("planted")))
+import os, signal, sys, time
+from axialtrain.launch.errors import say, speaks, to_the_end
+with to_the_end():
+    if os.environ["RANK"] == "0":
+        time.sleep(3)
+    if speaks():
+        say(ValueError("planted"))
+    sys.exit(2)
 """
 
 
 def test_what_all_ranks_found_is_said_where_rank_0_comes_late(tmp_path):
-    """torchrun ended it as soon as another rank had ended, which said nothing."""
+    """torchrun ends it as soon as another rank has ended, which says nothing."""
     (tmp_path / "late.py").write_text(LATE)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -326,19 +328,45 @@ def test_what_all_ranks_found_is_said_where_rank_0_comes_late(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 1
     assert done.stderr.count("axialtrain: planted") == 1, done.stderr
 
 
+def test_a_signal_that_waited_ends_the_process():
+    code = (
+        "from axialtrain.launch.errors import *\n"
+        "with to_the_end():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('here', flush=True)\n"
+        "print('there')"
+    )
+    for launcher, said in (({"RANK": "0", "WORLD_SIZE": "2"}, "here\n"), ({}, "")):
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=clean | launcher,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (-signal.SIGTERM, said)
+
+
 @pytest.mark.parametrize(
-    ("local", "said"), [("0", "axialtrain: rank 3: planted\n"), ("1", "")], ids=["first", "second"]
+    ("rank", "local", "said"),
+    [
+        ("0", "0", "axialtrain: planted\n"),
+        ("4", "0", "axialtrain: rank 4: planted\n"),
+        ("5", "1", ""),
+    ],
+    ids=["rank 0", "first of another host", "its second"],
 )
-def test_what_only_another_host_found_is_said_there(monkeypatch, capfd, local, said):
-    monkeypatch.setattr(errors, "PATIENCE", 0.1)
-    for name, value in {"RANK": "3", "LOCAL_RANK": local, "WORLD_SIZE": "4"}.items():
+def test_what_a_host_found_is_said_by_its_first_rank(monkeypatch, capfd, rank, local, said):
+    for name, value in {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert say_once(ValueError("planted")) == 2
+    assert say_by_host(ValueError("planted")) == 2
     assert capfd.readouterr().err == said

@@ -130,8 +130,9 @@ def test_waiting_for_what_zero_3_gathers_is_waiting_in_a_collective():
 
 
 @pytest.mark.slow
-def test_waiting_within_a_compiled_layer_is_waiting_in_a_collective():
-    found, _ = run_ranks(left_alone_in_a_graph, 2, timeout=100)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_waiting_within_a_compiled_layer_is_waiting_in_a_collective(backward):
+    found, _ = run_ranks(left_alone_in_a_graph, 2, timeout=100, backward=backward)
     known, waited, where = found
     assert known
     assert waited
@@ -309,7 +310,7 @@ def test_the_rank_that_held_the_store_is_named(tmp_path, fault, others, status):
         for rank in range(2)
     ]
     try:
-        _, errors = ranks[1].communicate(timeout=40)
+        _, errors = ranks[1].communicate(timeout=80)
     finally:
         for process in ranks:
             process.send_signal(signal.SIGKILL)
