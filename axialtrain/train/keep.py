@@ -73,7 +73,7 @@ class Keeper:
             try:
                 self._save(run, wait=last or ending, must=last or ending)
             except OSError as error:
-                if not ending:
+                if last or not ending:
                     raise
                 problem = f"{error}. "
         if due or committing:

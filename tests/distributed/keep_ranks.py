@@ -105,10 +105,12 @@ def train_with_faults(
     patience: int = 0,
     rate: float = OPTIM.lr,
     before: Callable[[int], None] | None = None,
+    told_at: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Kept:
     """Train; with `resume`, go on from the newest checkpoint. before: called in each step, with its
-    number; a function of a module, or a partial of one. environment: of this process from now on.
+    number; a function of a module, or a partial of one. told_at: in this step it is told to end.
+    environment: of this process from now on.
     """
     if environment is not None:
         os.environ.update(environment)
@@ -138,7 +140,15 @@ def train_with_faults(
         checkpoint=checkpoint or CheckpointConfig(every=2),
     )
     config = run.config
-    loader: Any = Spoiled(CASE.grid, CASE.model.patch, axes, bad=bad or {}, before=before)
+    signals: Any = SimpleNamespace(received=None)
+
+    def begins(step: int) -> None:
+        if step == told_at:
+            signals.received = "SIGTERM"
+        if before is not None:
+            before(step)
+
+    loader: Any = Spoiled(CASE.grid, CASE.model.patch, axes, bad=bad or {}, before=begins)
     run.loader = loader
     run.validation = loader if validate_every else None
     config.task = CASE.make_task().config
@@ -155,8 +165,7 @@ def train_with_faults(
         run.tracker = Tracker(LoggerConfig("disabled"), folder, "run", "", resumed=at)
     checkpoints = Checkpoints(Folder(where), config.checkpoint, axes.world)
     checkpoints.start(None if saved is None else saved.step)
-    never: Any = SimpleNamespace(received=None)
-    run.keeper = Keeper(checkpoints, never)
+    run.keeper = Keeper(checkpoints, signals)
     raised, warned = "", _Warned()
     logging.getLogger("axialtrain").addHandler(warned)
     try:

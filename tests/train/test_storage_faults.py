@@ -83,11 +83,14 @@ def test_a_full_disk_is_warned_of_and_the_run_goes_on(small, tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in ranks[0].weights.items())
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_disk_that_stays_full_is_an_error_at_the_end(small, tmp_path, asynchronous):
+@pytest.mark.parametrize(
+    ("asynchronous", "told_at"), [(False, None), (True, None), (False, STEPS - 1)], ids=str
+)
+def test_a_disk_that_stays_full_is_an_error_at_the_end(small, tmp_path, asynchronous, told_at):
+    """Told to end in the last step or not."""
     full = partial(fill, at=3, folder=small)
     config = CheckpointConfig(every=2, folder=str(small / "c"), asynchronous=asynchronous)
-    ranks = run(tmp_path / "run", config, before=full)
+    ranks = run(tmp_path / "run", config, before=full, told_at=told_at)
     for got in ranks:
         assert_named(got.raised, 6)
     assert_named(ranks[0].warned[0], 4)
