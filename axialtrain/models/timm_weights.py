@@ -41,7 +41,7 @@ def read_timm(source: str, where: str) -> dict[str, Tensor]:
     """
     if source.startswith("timm:"):
         try:
-            from axialtrain.models.axialize import pretrained
+            from axialtrain.models.timm_models import pretrained
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
             raise ValueError(
                 f"{where}: needs timm: pip install 'axialtrain[timm]' ({error})"
