@@ -7,6 +7,7 @@ from torch import Tensor
 
 from axialtrain.attention.lines import Prefix
 from axialtrain.mesh.exchange import Exchange
+from axialtrain.mesh.projection import no_autocast
 
 
 def attend_everywhere(
@@ -27,8 +28,21 @@ def attend_everywhere(
     Returns [B, n, N, K], the same on every rank.
 
     The merge (arXiv 1805.02867): the maximum of the logits over the ranks, without gradient, then
-    the sums of weights and of weighted values. One all-reduce of each.
+    the sums of weights and of weighted values. One all-reduce of each. All of it in fp32 at least,
+    under autocast too: weights are at most 1 each, and their sum over an image leaves fp16.
     """
+    with no_autocast(q):
+        return _merged(q, k, v, exchange, key_mask, prefix)
+
+
+def _merged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exchange: Exchange,
+    key_mask: Tensor | None,
+    prefix: Prefix | None,
+) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide) * q.shape[-1] ** -0.5
     k, v = k.flatten(1, 2), v.flatten(1, 2)

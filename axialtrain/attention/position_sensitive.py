@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from axialtrain.attention.positions import relative_bias, widened
+from axialtrain.mesh.projection import no_autocast
 
 # Logits of a kind that exist at a time: on a CPU what its caches hold, elsewhere 256 MB, so that
 # there are few kernels.
@@ -103,8 +104,12 @@ def attend_with_positions(
 
 
 def _again(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns; all that it makes on the way is made again in backward."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    """What the function returns; all that it makes on the way is made again in backward.
+
+    In fp32 at least, under autocast too: of products in fp16 the moments are not finite.
+    """
+    with no_autocast(arguments[0]):
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sizes(q: Tensor, table: Tensor, chunk: int) -> tuple[int, int]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from axialtrain.attention.merge import attend_everywhere
+from axialtrain.attention.position_sensitive import attend_with_positions, logit_moments
 from axialtrain.attention.qkv import HeadProjection
+from axialtrain.mesh.exchange import Exchange
 from axialtrain.models.mlp import Mlp
 
 
@@ -46,3 +49,48 @@ def test_the_mlp_whatever_its_chunks(chunk):
     for one, other in zip(grads, torch.autograd.grad(plain, inputs, weight), strict=True):
         assert one.dtype is other.dtype is torch.float32
         near(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", [3, 160])  # of 160 x 160 tokens the sums are beyond fp16
+def test_prefix_tokens_are_merged_in_fp32(dtype, side):
+    torch.manual_seed(0)
+    q, own = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4)
+    k, v = torch.randn(1, side, side, 2, 4), 3 + torch.randn(1, side, side, 2, 4)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v, own))
+    want = attend_everywhere(q, k, v, Exchange(), prefix=(own, own))
+    weight = torch.randn_like(want)
+    grads = torch.autograd.grad(want, inputs, weight)
+    with torch.autocast("cpu", dtype):
+        got = attend_everywhere(q, k, v, Exchange(), prefix=(own, own))
+    assert torch.equal(got, want)
+    for one, other in zip(torch.autograd.grad(got, inputs, weight), grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_position_sensitive_attention_is_computed_in_fp32(dtype, masked):
+    torch.manual_seed(0)
+    # The sums of all logits, and of their squares above the mean, are beyond fp16.
+    q, k = (1.4 + 0.1 * torch.randn(1, 20, 150, 1, 16) for _ in range(2))
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, torch.randn(1, 20, 150, 1, 2)))
+    table = torch.randn(34, 299, requires_grad=True)
+    inputs = (q, k, v, table)
+    mask = torch.rand(1, 20, 150) < 0.8 if masked else None
+
+    def both():
+        moments = logit_moments(q, k, table, mask, chunk=2**18)
+        factors = moments[2].sum(0).rsqrt()
+        return *moments, *attend_with_positions(q, k, v, table, factors, mask, chunk=2**18)
+
+    want = both()
+    grads = torch.autograd.grad([x.float().square().mean().log() for x in want[1:]], inputs)
+    with torch.autocast("cpu", dtype):
+        got = both()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    again = torch.autograd.grad([x.float().square().mean().log() for x in got[1:]], inputs)
+    for one, other in zip(again, grads, strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
