@@ -131,7 +131,8 @@ def _start_fairscale(mesh: Mesh, timeout: timedelta) -> None:
 
 def _slice(whole: Tensor, dim: int, group: Group) -> nn.Parameter:
     # A clone: a view would keep the storage of the whole matrix alive.
-    part = nn.Parameter(whole.detach().chunk(group.size, dim)[group.rank].clone())
+    mine = whole.detach().chunk(group.size, dim)[group.rank].clone()
+    part = nn.Parameter(mine, requires_grad=whole.requires_grad)
     part.model_parallel = True  # type: ignore[attr-defined]
     return part
 
@@ -243,5 +244,6 @@ def _row(linear: nn.Module, group: Group) -> nn.Module:
     out.weight = _slice(linear.weight, 1, group)
     if linear.bias is not None:
         # Replicated: added after the sum over the tensor axis, so each rank has its whole gradient.
-        out.bias = nn.Parameter(linear.bias.detach().clone())
+        bias = linear.bias
+        out.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return out

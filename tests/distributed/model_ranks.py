@@ -277,6 +277,15 @@ def spread(case: Case, mesh: dict[str, int]) -> Spread:
     return Spread(values, marked, tensor_dims(model))
 
 
+def still_trained(mesh: dict[str, int]) -> set[str]:
+    """Of a model whose first layer is frozen."""
+    model = build(Case((4, 4)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("blocks.0." not in name)
+    parallelize(model, Mesh(**mesh))
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def per_head(mesh: dict[str, int], table: Tensor) -> tuple[Tensor, Tensor]:
     """The table's part that this rank has, and the gradient of `part.square().sum()`."""
     model = nn.Sequential(Crossing("heads"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed.launcher import run_ranks
-from distributed.model_ranks import Case, build, per_head, refusals, spread
+from distributed.model_ranks import Case, build, per_head, refusals, spread, still_trained
 
 from axialtrain.mesh.crossing import Crossing
 from axialtrain.mesh.exchange import Exchange
@@ -46,6 +46,13 @@ def test_each_rank_keeps_its_slice_of_the_projections(share, fusion):
             if name in expected:
                 want = want.chunk(2, expected[name])[rank]
             assert torch.equal(value, want), name
+
+
+def test_what_is_frozen_stays_frozen():
+    names = {name for name, _ in build(Case((4, 4))).named_parameters()}
+    expected = {name for name in names if "blocks.0." not in name}
+    assert len(expected) < len(names)
+    assert run_ranks(still_trained, 2, mesh={"tensor": 2}, timeout=60) == [expected] * 2
 
 
 def test_one_process_keeps_the_model_as_it_is():
