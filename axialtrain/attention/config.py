@@ -45,6 +45,7 @@ FUSIONS = ("sequential", "sum")
 POSITIONS = ("rope", "relative", "axial", "none")
 KERNELS = ("auto", "fused", "chunks")
 BIASED_KERNELS = ("auto", "flex", "chunks")  # with a learned bias
+WINDOW = 8  # side of a window where none is given
 FLEX_WIDTH = 16  # channels of a head, at least, that FlexAttention has kernels for
 
 
@@ -80,7 +81,7 @@ class AxialConfig:
     fusion: str = "sequential"
     share_projections: bool = True
     positions: str = "rope"
-    window: int = 8
+    window: int = WINDOW
     span: int | None = None
     skip_axis: float = 0.0
     kernel: str = "auto"
@@ -151,8 +152,15 @@ class AxialConfig:
         """What is set, and read by none of `depth` layers."""
         passes = [self.passes(layer) for layer in range(depth)]
         unused = []
-        if self.skip_axis and all(len(one) == 1 for one in passes):
-            unused.append(f"skip_axis={self.skip_axis} (no layer has several passes)")
+        if all(len(one) == 1 for one in passes):
+            several = (
+                (self.skip_axis > 0, f"skip_axis={self.skip_axis}"),
+                (self.fusion != "sequential", f"fusion={self.fusion}"),
+                (not self.share_projections, "share_projections=false"),
+            )
+            unused += [f"{said} (no layer has several passes)" for given, said in several if given]
+        if self.window != WINDOW and not any(one.windowed for one in self.used(depth)):
+            unused.append(f"window={self.window} (no layer has windows)")
         if self.span is not None and self.positions != "relative":
             unused.append(f"span={self.span} (positions={self.positions})")
         return unused

@@ -31,6 +31,7 @@ _HAS = {
     "has_instances": "instances",
     "has_image_labels": "classes of images",
 }
+_OF_IMAGE = {"has_labels": "classes", "has_instances": "instances", "has_image_labels": "label"}
 
 
 class MixedShards:
@@ -139,9 +140,13 @@ def parts_of(shards: Shards | MixedShards) -> list[int]:
 
 
 def lacking(shards: Shards | MixedShards, what: str) -> str:
-    """For a message, where sets differ in `what`, a key of _HAS: one that has it, and one not."""
+    """For a message, where sets or images differ in `what`, a key of _HAS: who has it, who not."""
     if not isinstance(shards, MixedShards):
-        return ""
+        key = _OF_IMAGE[what]
+        without = [row.name for row in shards.images if getattr(row, key) is None]
+        if len(without) in (0, len(shards.images)):
+            return ""
+        return f" ({len(without)} of its {len(shards.images)} images have none: {without[0]!r} first)"
     have = {
         bool(getattr(one, what)): given.url
         for one, given in zip(shards.sets, shards.given, strict=True)
@@ -152,10 +157,10 @@ def lacking(shards: Shards | MixedShards, what: str) -> str:
 
 
 def shares_of(weights: Sequence[float]) -> list[int]:
-    """Whole numbers of at most PERIOD together, in the ratio of `weights`, which are above 0.
+    """Whole numbers in the ratio of `weights`, which are above 0: of PERIOD together, or less.
 
     Exactly in that ratio, as it is written in decimals, where they can be; otherwise rounded, each
-    at least 1.
+    at least 1, with which they may be some more than PERIOD.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(one.denominator for one in exact))
@@ -165,7 +170,7 @@ def shares_of(weights: Sequence[float]) -> list[int]:
     if total <= PERIOD:
         return whole
     least = [max(one * PERIOD // total, 1) for one in whole]
-    # The largest remainders first, until all is dealt out; those that were raised to 1 take back.
+    # The largest remainders first, until all is dealt out.
     order = sorted(range(len(whole)), key=lambda k: least[k] - Fraction(whole[k] * PERIOD, total))
     for k in order[: max(PERIOD - sum(least), 0)]:
         least[k] += 1

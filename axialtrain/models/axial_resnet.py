@@ -18,6 +18,7 @@ from axialtrain.models.batch_norm import BatchNorm
 from axialtrain.models.chance import Chance
 from axialtrain.models.conv import AvgPool, Conv, MaxPool, cells_of
 from axialtrain.models.conv_config import EXPANSION, STEM_STRIDE, AxialResNetConfig
+from axialtrain.models.patches import check_pixels
 from axialtrain.models.position_sensitive import PositionSensitiveAttention
 from axialtrain.models.transformer import check_inputs
 
@@ -138,13 +139,7 @@ class AxialResNet(nn.Module):
         patch = self.config.patch
         if place is None:
             place = Place(pixels.shape[1] // patch, pixels.shape[2] // patch)
-        size = (place.rect.height * patch, place.rect.width * patch, self.config.bands)
-        if tuple(pixels.shape[1:]) != size:
-            raise ValueError(
-                f"pixels are [B, {', '.join(map(str, pixels.shape[1:]))}]: allowed here is "
-                f"[B, {', '.join(map(str, size))}]; pad images to multiples of {patch} px, and "
-                "say in `valid` which tokens count"
-            )
+        check_pixels(pixels, place, patch, self.config.bands)
         self.config.check_grid(place.height, place.width)
         check_inputs(pixels.shape[0], place, valid, None, draws=False)
         whole = None if valid is None else self.exchange.everywhere(valid, place)

@@ -6,6 +6,7 @@ Needs the extra: `pip install axialtrain[timm]`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from axialtrain.models import transformer
 from axialtrain.models.chance import Chance
 from axialtrain.models.heads import mean_token
 from axialtrain.models.layer import Layer
+from axialtrain.models.patches import PatchEmbed, check_pixels
 from axialtrain.models.recompute import Recompute
 from axialtrain.models.timm_models import POOLS, check_model
 from axialtrain.models.timm_weights import (
@@ -54,7 +56,8 @@ def axialize(
 
     axial_config: a dictionary or an `AxialConfig`. positions is "none" where a dictionary does not
         name it: the model's own embedding is added as before; "rope" and "relative" come on top.
-    grid: (H, W), the token grid that relative tables are made for; the model's own by default.
+    grid: (H, W), the token grid of images; the model's own by default. Relative tables are made for
+        it, and windows must fit into it.
 
     The result is still an instance of its class, with timm's methods. Its forward takes timm's
     images [B, C, height, width], and, where they are spread over a mesh (`parallelize`), this
@@ -78,9 +81,14 @@ def axialize(
         raise ValueError(
             f"axialize: grid={grid}: allowed is (height, width) in tokens, each at least 1"
         )
-    passes = config.used(len(model.blocks))
+    depth = len(model.blocks)
+    passes = config.used(depth)
     config.check_grid(grid[0], grid[1], grid, passes)
     config.check_heads(model.embed_dim, model.blocks[0].attn.num_heads, passes)
+
+    unused = config.unused_keys(depth)
+    if unused:
+        warnings.warn(f"axialize: set, and used by no layer: {', '.join(unused)}", stacklevel=2)
 
     # All that can fail comes first; then the model changes.
     packed = [
@@ -88,7 +96,7 @@ def axialize(
         for block in model.blocks
     ]
     layers = [_layer(block, i, config, grid) for i, block in enumerate(model.blocks)]
-    embed = transformer.PatchEmbed.of_convolution(model.patch_embed.proj)
+    embed = PatchEmbed.of_convolution(model.patch_embed.proj)
     embed.train(model.patch_embed.training)
     for block, values in zip(model.blocks, packed, strict=True):
         for parameter, value in zip(block.attn.qkv.parameters(), values, strict=True):
@@ -122,7 +130,7 @@ class Axialized(nn.Module):
     exchange: Exchange
     blocks: nn.ModuleList  # of Layer
     # timm's
-    patch_embed: transformer.PatchEmbed
+    patch_embed: PatchEmbed
     norm_pre: nn.Module
     norm: nn.Module
     pos_embed: Tensor | None
@@ -189,7 +197,9 @@ class Axialized(nn.Module):
             chance = Chance(int(torch.randint(2**62, ())), 0, tuple(range(x.shape[0])))
         transformer.check_inputs(x.shape[0], place, valid, chance, draws=draws)
         x = F.pad(x, (0, width * patch - x.shape[3], 0, height * patch - x.shape[2]))
-        x = self.patch_embed(rearrange(x, "B C h w -> B h w C"), valid)
+        pixels = rearrange(x, "B C h w -> B h w C")
+        check_pixels(pixels, place, patch, self.patch_embed.bands)
+        x = self.patch_embed(pixels, valid)
         whole = None if valid is None else self.exchange.everywhere(valid, place)
         x, prefix = self._positioned(x, place, whole)
         return transformer.encode(

@@ -42,7 +42,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), start))
+        self.gamma = nn.Parameter(torch.full((dim,), float(start)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

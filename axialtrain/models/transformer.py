@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from axialtrain.attention.config import AxialConfig, Pass
@@ -20,10 +19,9 @@ from axialtrain.attention.positions import AxialEmbedding, GridEmbedding
 from axialtrain.grid import Layout, Place
 from axialtrain.mesh.exchange import Exchange
 from axialtrain.mesh.mesh import MeshConfig, check_divides
-from axialtrain.mesh.projection import Projection
-from axialtrain.models.by_band import in_bands
 from axialtrain.models.chance import Chance
 from axialtrain.models.layer import Layer, Norm
+from axialtrain.models.patches import PatchEmbed, check_pixels
 from axialtrain.models.recompute import Recompute, run_layers
 
 FEATURES = "features"  # model.patch where the pixels are vectors, each of which is a token
@@ -66,6 +64,10 @@ class AxialTransformerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.axial_config, Mapping):
             self.axial_config = AxialConfig.of(self.axial_config)
+        if not isinstance(self.axial_config, AxialConfig):
+            raise ValueError(
+                f"model.axial_config={self.axial_config!r}: allowed is a dictionary, or AxialConfig"
+            )
         least = dict.fromkeys(("patch", "dim", "depth", "heads", "bands"), 1)
         for key, low in (least | {"prefix_tokens": 0}).items():
             value = getattr(self, key)
@@ -76,12 +78,15 @@ class AxialTransformerConfig:
                     f"model.{key}={value!r}: allowed are whole numbers from {low}"
                     + f", and {FEATURES}" * (key == "patch")
                 )
-        if not 1 / self.dim <= self.mlp_ratio <= 1024:
+        for key in ("grid_embedding", "qkv_bias"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"model.{key}={getattr(self, key)!r}: allowed are true and false")
+        if not _is_number(self.mlp_ratio) or not 1 / self.dim <= self.mlp_ratio <= 1024:
             raise ValueError(
-                f"model.mlp_ratio={self.mlp_ratio}: allowed are numbers above 0, up to 1024, that "
-                f"make an MLP of at least one channel of model.dim={self.dim}"
+                f"model.mlp_ratio={self.mlp_ratio!r}: allowed are numbers above 0, up to 1024, "
+                f"that make an MLP of at least one channel of model.dim={self.dim}"
             )
-        if not isinstance(self.drop_path, int | float) or not 0 <= self.drop_path < 1:
+        if not _is_number(self.drop_path) or not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path={self.drop_path!r}: allowed is 0 to below 1")
         if self.grid is not None and not (
             isinstance(self.grid, list | tuple)
@@ -96,10 +101,9 @@ class AxialTransformerConfig:
             raise ValueError(
                 "model.grid_embedding=true needs model.grid, [height, width] in tokens"
             )
-        if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
-            raise ValueError(
-                f"model.layer_scale={self.layer_scale}: allowed are null and numbers above 0"
-            )
+        scale = self.layer_scale
+        if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
+            raise ValueError(f"model.layer_scale={scale!r}: allowed are null and numbers above 0")
         if self.mlp_chunk is not None and (type(self.mlp_chunk) is not int or self.mlp_chunk < 1):
             raise ValueError(
                 f"model.mlp_chunk={self.mlp_chunk!r}: allowed are null and whole numbers from 1"
@@ -107,6 +111,10 @@ class AxialTransformerConfig:
         self.axial_config.check_heads(self.dim, self.heads, self.passes)
         self.axial_config.check_span(self.made_for, self.passes)
         unused = self.axial_config.unused_keys(self.depth)
+        if self.grid is not None and not self.grid_embedding:
+            positions = self.axial_config.positions
+            if positions not in ("relative", "axial"):
+                unused.append(f"grid={list(self.grid)} (positions={positions}, no grid_embedding)")
         if self.drop_path and self.depth == 1:
             unused.append(f"drop_path={self.drop_path} (it grows from 0 in the first layer)")
         if unused:
@@ -137,6 +145,11 @@ class AxialTransformerConfig:
                 "with model.axial_config.fusion=sum"
             )
         passes = self.passes
+        if mesh.overlap > 1 and all(len(one.dims) == 2 for one in passes):
+            raise ValueError(
+                f"mesh.overlap={mesh.overlap}: no layer of model.axial_config.pattern="
+                f"{self.axial_config.pattern} swaps to whole rows or columns: allowed is 1"
+            )
         mesh.check_heads(self.heads, rows=Pass.ROW in passes, cols=Pass.COL in passes)
 
     def check_grid(self, height: int, width: int) -> None:
@@ -158,57 +171,8 @@ class AxialTransformerConfig:
         return round(self.dim * self.mlp_ratio)
 
 
-class PatchEmbed(nn.Module):
-    """Each patch of pixels becomes a token: one projection of its bands * patch^2 values."""
-
-    def __init__(self, patch: int, bands: int, dim: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = Projection(bands * patch * patch, dim)
-
-    @classmethod
-    def of_convolution(cls, conv: nn.Conv2d) -> PatchEmbed:
-        """With the parameters of timm's projection [D, C, p, p]: the weight must be flattened."""
-        dim, bands, patch, _ = conv.weight.shape
-        with torch.random.fork_rng(devices=[]):  # what it draws is thrown away
-            embed = cls(patch, bands, dim)
-        embed.proj.weight = conv.weight
-        embed.proj.bias = conv.bias  # type: ignore[assignment]
-        return embed
-
-    def forward(self, pixels: Tensor, valid: Tensor | None, band: int = 0) -> Tensor:
-        """pixels: [B, h * patch, w * patch, bands], valid: [B, h, w] -> [B, h, w, D].
-
-        Invalid patches count as zero, whatever they hold. Pixels come as they were read; the
-        tokens, and with them all of the model, have the dtype of the weights, and are where these
-        are. band: tokens at a time, or one row where it has more: the pixels are all that is kept
-        for backward, wherever they are, and no patches. 0: all tokens at once.
-        """
-        if not band:
-            return self._tokens(pixels, valid)
-        images, height, width, _ = pixels.shape
-        rows = max(1, band // (images * (width // self.patch)))
-        tall = pixels.unflatten(1, (height // self.patch, self.patch))
-        sizes = [part.shape[1] for part in tall.split(rows, 1)]
-        masks = [None] * len(sizes) if valid is None else list(valid.split(rows, 1))
-
-        def run(some: Tensor, index: int) -> Tensor:
-            there = some.flatten(1, 2).to(self.proj.weight.device, non_blocking=True)
-            return self._tokens(there, masks[index])
-
-        return in_bands(run, tall, sizes, 1, [self])
-
-    def _tokens(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
-        patches = to_patches(pixels.to(self.proj.weight.dtype), self.patch)
-        if valid is not None:
-            # where, not a product, and before the projection: NaN * 0 is NaN, in its gradient too.
-            patches = torch.where(valid[..., None], patches, 0.0)
-        return self.proj(patches)
-
-
-def to_patches(pixels: Tensor, patch: int) -> Tensor:
-    """[B, h * patch, w * patch, C] -> [B, h, w, C * patch * patch], in timm's order."""
-    return rearrange(pixels, "B (h p) (w q) C -> B h w (C p q)", p=patch, q=patch)
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 class AxialTransformer(nn.Module):
@@ -275,12 +239,14 @@ class AxialTransformer(nn.Module):
         hidden: for masked modelling, (which [B, h, w], token [D]): what replaces those tokens.
         chance: the draws of this step, where something is left out while training.
 
-        Raises ValueError where the grid does not fit the attention (a window larger than it, or
-        relative positions that do not reach), or training needs `chance` and has none.
+        Raises ValueError where pixels are not those of the tile, in whole patches, the grid does
+        not fit the attention (a window larger than it, or relative positions that do not reach),
+        or training needs `chance` and has none.
         """
         if place is None:
             _, height, width, _ = pixels.shape
             place = Place(height // self.config.patch_px, width // self.config.patch_px)
+        check_pixels(pixels, place, self.config.patch_px, self.config.bands)
         self.config.check_grid(place.height, place.width)
         draws = bool(self.config.drop_path or self.config.axial_config.skip_axis)
         chance = chance if self.training else None

@@ -77,6 +77,15 @@ class ClassificationConfig:
                 f"task.distill.teacher={self.distill.teacher} teaches a distillation token: give "
                 "task.distilled=true, and model.prefix_tokens=2"
             )
+        taught, plain = self.distill.teacher is not None, DistillConfig()
+        for key, read, needs in (
+            ("weight", self.distilled, "task.distilled=true"),
+            ("kind", taught, "task.distill.teacher"),
+            ("temperature", taught, "task.distill.teacher"),
+        ):
+            value = getattr(self.distill, key)
+            if value != getattr(plain, key) and not read:
+                raise ValueError(f"task.distill.{key}={value} says nothing without {needs}")
 
 
 class Classification:

@@ -47,7 +47,9 @@ class MergeConfig:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"task.merge.threshold={self.threshold}: allowed is 0 to below 1")
         if type(self.nms) is not int or not 1 <= self.nms < MOST_NMS or self.nms % 2 == 0:
-            raise ValueError(f"task.merge.nms={self.nms}: allowed are odd numbers, 1 to {MOST_NMS}")
+            raise ValueError(
+                f"task.merge.nms={self.nms}: allowed are odd numbers, 1 to {MOST_NMS - 1}"
+            )
         if not 1 <= self.centres < SEGMENTS:
             raise ValueError(f"task.merge.centres={self.centres}: allowed are 1 to {SEGMENTS - 1}")
         if type(self.stuff_area) is not int or self.stuff_area < 0:

@@ -15,8 +15,8 @@ from axialtrain.data.config import PerBand
 from axialtrain.grid import Place
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.heads import MaskedReconstructor
+from axialtrain.models.patches import to_patches
 from axialtrain.models.registry import Backbone
-from axialtrain.models.transformer import to_patches
 from axialtrain.tasks.objective import widened
 from axialtrain.tasks.panels import Panel, image_panel
 

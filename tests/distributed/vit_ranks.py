@@ -278,7 +278,8 @@ class Lesson:
 
     @property
     def config(self) -> ClassificationConfig:
-        distill = DistillConfig(self.teacher, self.kind, self.weight, temperature=2.0)
+        heat = 3.0 if self.teacher is None else 2.0
+        distill = DistillConfig(self.teacher, self.kind, self.weight, heat)
         taught = self.teacher is not None
         return ClassificationConfig(CLASSES, self.pool, self.smoothing, taught, distill)
 

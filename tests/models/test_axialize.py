@@ -579,6 +579,24 @@ def test_a_wrong_grid_or_config_is_refused_and_the_model_left_as_it_was(config, 
     assert message in refusal(small_vit("registers"), config, **options)
 
 
+def test_what_no_layer_reads_is_named():
+    config = {"pattern": ["row"], "skip_axis": 0.5, "span": 3}
+    with pytest.warns(
+        UserWarning, match=r"axialize: set, and used by no layer: skip_axis=0\.5 .*sp"
+    ):
+        axialize(small_vit("class"), config)
+
+
+def test_pixels_are_those_of_the_tile():
+    model = axialize(small_vit("class"), {"pattern": ["row+col"]})
+    rows, cols = (size // model.patch_embed.patch for size in (32, 48))
+    images = torch.randn(1, 3, 32, 48)
+    model(images, place=Place(rows, cols))
+    for wrong in (Place(rows, cols + 1), Place(rows - 1, cols)):
+        with pytest.raises(ValueError, match=r"pixels are \[B, .*\]: allowed here is \[B, "):
+            model(images, place=wrong)
+
+
 def test_a_head_width_that_rotary_positions_cannot_halve_is_refused():
     model = small_vit("class", embed_dim=6 * HEADS)
     assert "must be a multiple of 4" in refusal(model, GLOBAL | {"positions": "rope"})

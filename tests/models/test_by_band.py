@@ -9,8 +9,9 @@ from distributed.model_ranks import Case, serial, sharded
 from torch import nn
 
 from axialtrain.models.by_band import in_bands
+from axialtrain.models.patches import PatchEmbed
 from axialtrain.models.recompute import Recompute
-from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig, PatchEmbed
+from axialtrain.models.transformer import AxialTransformer, AxialTransformerConfig
 from axialtrain.train.compose import compose_run
 
 PLAIN = Case((7, 5), ("row+col", "row+window", "col+row+global"), depth=3)

@@ -92,8 +92,9 @@ def test_what_no_mesh_does_is_refused(overrides, message):
         (AxialTransformerConfig(prefix_tokens=1), "allowed is 1 with model.prefix_tokens=1"),
         (AxialTransformerConfig(axial_config={"fusion": "sum"}), "allowed is 1 with model.axial_c"),
         (model_config("axial_resnet50s"), "mesh.overlap=2: convolutional models wait"),
+        (AxialTransformerConfig(axial_config={"pattern": ["global"]}), "swaps to whole rows"),
     ],
-    ids=["prefix", "sum", "convolutions"],
+    ids=["prefix", "sum", "convolutions", "global"],
 )
 def test_models_that_wait_for_all_are_refused(model, message):
     with pytest.raises(ValueError, match=message):

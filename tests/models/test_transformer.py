@@ -15,11 +15,10 @@ from axialtrain.attention.passes import AxialAttention
 from axialtrain.grid import Layout, Place
 from axialtrain.models.heads import MaskedReconstructor, Segmenter
 from axialtrain.models.layer import Layer
+from axialtrain.models.patches import PatchEmbed, to_patches
 from axialtrain.models.transformer import (
     AxialTransformer,
     AxialTransformerConfig,
-    PatchEmbed,
-    to_patches,
 )
 
 PATCH, BANDS, DIM = 2, 3, 16
@@ -261,3 +260,55 @@ def test_a_config_that_cannot_be_built_is_refused(options, message):
 def test_an_odd_head_width_is_fine_without_rope():
     options = config(dim=12, heads=4, axial_config=AxialConfig(positions="none"))
     assert AxialTransformer(options)(pixels().float(), ALL, PLACE)[0].shape == (2, *GRID, 12)
+
+
+# --- What is not allowed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_scale": True}, r"model\.layer_scale=True: allowed are null and numbers above 0"),
+        ({"layer_scale": "a"}, r"model\.layer_scale='a': allowed are null and numbers above 0"),
+        ({"mlp_ratio": "a"}, r"model\.mlp_ratio='a': allowed are numbers above 0"),
+        ({"drop_path": True}, r"model\.drop_path=True: allowed is 0 to below 1"),
+        ({"qkv_bias": "no"}, r"model\.qkv_bias='no': allowed are true and false"),
+        ({"axial_config": None}, r"model\.axial_config=None: allowed is a dictionary"),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_not_allowed_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_a_whole_number_is_a_scale():
+    scale = AxialTransformer(config(layer_scale=1)).blocks[0].ls1.gamma
+    assert scale.dtype is torch.float32
+    assert scale.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"grid": [9, 9]}, r"grid=\[9, 9\] \(positions=rope, no grid_embedding\)"),
+        ({"attention": {"window": 3}}, r"window=3 \(no layer has windows\)"),
+    ],
+    ids=str,
+)
+def test_what_no_layer_reads_is_named(options, said):
+    with pytest.warns(UserWarning, match=f"set, and used by no layer: {said}"):
+        config(**options)
+
+
+@pytest.mark.parametrize("place", [None, Place(6, 7), Place(5, 7)], ids=str)
+def test_pixels_are_those_of_the_tile_in_whole_patches(place):
+    model = backbone(attention={"positions": "none"})
+    right = pixels()
+    if place == PLACE:
+        assert model(right, place=place)[0].shape == (2, *GRID, DIM)
+        right = right[..., :2]
+    elif place is None:
+        right = right[:, :-1]
+    with pytest.raises(ValueError, match=r"pixels are \[B, .*\]: allowed here is \[B, .*\]; pad"):
+        model(right, place=place)

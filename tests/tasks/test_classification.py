@@ -215,6 +215,12 @@ def test_the_panel_names_both_classes():
         ({"kind": "mild"}, r"task\.distill\.kind='mild': allowed are hard, soft"),
         ({"weight": 1.1}, r"task\.distill\.weight=1\.1: allowed is 0 to 1"),
         ({"temperature": 0.0}, r"task\.distill\.temperature=0\.0: allowed are numbers above 0"),
+        ({"weight": 0.4}, r"task\.distill\.weight=0\.4 says nothing without task\.distilled=true"),
+        ({"distilled": True, "kind": "soft"}, r"kind=soft says nothing without task\.distill\.tea"),
+        (
+            {"distilled": True, "temperature": 2.0},
+            r"temperature=2\.0 says nothing without task\.dis",
+        ),
         ({"teacher": "x.pth"}, r"task\.distill\.teacher=x\.pth teaches .* task\.distilled=true"),
     ],
     ids=str,

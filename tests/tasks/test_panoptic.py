@@ -365,7 +365,7 @@ def test_panels_have_a_shade_for_each_instance_of_a_class():
         (lambda: TermWeights(centre=-1.0), r"task\.weights\.centre=-1\.0: allowed are"),
         (lambda: TermWeights(offset=float("nan")), r"task\.weights\.offset=nan: allowed are"),
         (lambda: MergeConfig(threshold=1.0), r"task\.merge\.threshold=1\.0: allowed is 0 to"),
-        (lambda: MergeConfig(nms=4), r"task\.merge\.nms=4: allowed are odd numbers, 1 to 1024"),
+        (lambda: MergeConfig(nms=4), r"task\.merge\.nms=4: allowed are odd numbers, 1 to 1023"),
         (lambda: MergeConfig(centres=0), r"task\.merge\.centres=0: allowed are 1 to 1048575"),
         (lambda: MergeConfig(stuff_area=-1), r"task\.merge\.stuff_area=-1: allowed are"),
     ],
