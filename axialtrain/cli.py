@@ -13,7 +13,16 @@ from pathlib import Path
 from axialtrain.bench import arguments as bench_arguments
 from axialtrain.data import shard_command
 from axialtrain.launch import doctor_arguments, launch_command
-from axialtrain.launch.errors import EXPECTED, again, own_rank, say, say_by_host, speaks, to_the_end
+from axialtrain.launch.errors import (
+    EXPECTED,
+    again,
+    own_rank,
+    say,
+    say_by_host,
+    speaks,
+    to_the_end,
+    told_early,
+)
 
 QUICKSTART = (24, 4)  # scenes to train on, and for validation
 
@@ -196,8 +205,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     from axialtrain.data.quarantine import check_quarantine, quarantine
     from axialtrain.data.verify import verify
 
-    if parsed.json is not None and not parsed.json.absolute().parent.is_dir():
-        raise ValueError(f"json is {parsed.json}, allowed is a file in a folder that is there")
+    _check_file("json", parsed.json)
     if parsed.quarantine is not None:
         if len(parsed.shards) > 1:
             raise ValueError("quarantine is for one folder of shards: verify one after the other")
@@ -209,6 +217,12 @@ def _verify(parsed: argparse.Namespace) -> int:
     if parsed.quarantine is not None and report.count:
         print(quarantine(report.sets[0], parsed.quarantine))
     return 1 if report.count else 0
+
+
+def _check_file(key: str, path: Path | None) -> None:
+    """ValueError where no file can be written to `path`."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"{key} is {path}, allowed is a file in a folder that is there")
 
 
 def _scene(parsed: argparse.Namespace) -> int:
@@ -229,6 +243,8 @@ def _scene(parsed: argparse.Namespace) -> int:
 def _inspect(parsed: argparse.Namespace) -> int:
     from axialtrain.data.inspect import inspect
 
+    _check_file("json", None if parsed.json in (None, "-") else Path(parsed.json))
+    _check_file("png", parsed.png)
     found = inspect(
         parsed.shards,
         parsed.image,
@@ -249,6 +265,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
     return 0
 
 
+@told_early()
 def _train(parsed: argparse.Namespace) -> int:
     import torch
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from axialtrain.train.signals import AGAIN, Interrupted
 
@@ -47,6 +48,31 @@ def to_the_end() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         if told:
             signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def told_early() -> Iterator[None]:
+    """Where SIGTERM or SIGUSR1 comes before a run has begun, this process ends with AGAIN.
+
+    Later the run has handlers of its own. Not under a launcher, which does the same by its rules.
+    """
+    if "WORLD_SIZE" in os.environ:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(2, f"axialtrain: told to end by {name}, before the run began\n".encode())
+        os._exit(AGAIN)  # an exception could be caught on its way, in the midst of an import
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is leave:
+                signal.signal(number, handler)
 
 
 def again(error: Interrupted) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from distributed.watch_ranks import small_run
 
-from axialtrain.launch.errors import say_by_host, speaks
+from axialtrain.launch.errors import say_by_host, speaks, told_early
 from axialtrain.launch.local import (
     can_fork,
     processes_of_outer_launcher,
@@ -354,6 +354,44 @@ def test_a_signal_that_waited_ends_the_process():
             check=False,
         )
         assert (done.returncode, done.stdout) == (-signal.SIGTERM, said)
+
+
+EARLY = """
+from axialtrain.launch.errors import *
+with told_early():
+    os.kill(os.getpid(), signal.{name})
+    print("here", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_who_is_told_to_end_before_the_run_began_is_to_be_started_again(name):
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    for launcher, status in (({}, AGAIN), ({"WORLD_SIZE": "2"}, -signal.Signals[name])):
+        done = subprocess.run(
+            [sys.executable, "-c", EARLY.format(name=name)],
+            env=clean | launcher,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (status, "")
+        assert (f"told to end by {name}, before the run began" in done.stderr) == (status > 0)
+
+
+def test_the_handlers_of_a_run_stay_when_it_has_begun(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with told_early():
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before
+        with told_early():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
