@@ -40,6 +40,16 @@ def image_means(local_sum: Tensor, local_valid: Tensor, weight: Tensor, mesh: Me
     return torch.where(valid > 0, weight * local_sum / valid.clamp_min(1), 0.0)
 
 
+def judged(local_valid: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's part of the number of images that have a target, of any term; fillers have none.
+
+    Arguments as in `image_means`. Summed over the replicas, the result is their number: what the
+    sum of `image_means` is divided by for a mean that images without targets do not lower.
+    """
+    valid = sum_over(local_valid.detach().double(), mesh.spatial).view(len(weight), -1).amax(1)
+    return (weight * (valid > 0)).sum().double() / mesh.spatial.size
+
+
 def rank_loss(means: Tensor, mesh: Mesh, *, batch: int, accumulation: int) -> Tensor:
     """The loss that this rank hands to the engine for one micro-batch, from `image_means`."""
     return means.sum() * (mesh.replicas.size * accumulation / batch)

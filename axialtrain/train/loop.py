@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from axialtrain.mesh.collectives import gather_objects, sum_over
 from axialtrain.mesh.mesh import Mesh
 from axialtrain.models.chance import Chance
 from axialtrain.models.registry import Backbone
-from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
+from axialtrain.tasks.objective import image_means, judged, rank_loss, shown_loss
 from axialtrain.tasks.panels import Panel
 from axialtrain.train.alike import BadStepError
 from axialtrain.train.config import RunConfig
@@ -34,6 +35,8 @@ from axialtrain.train.progress import Progress
 from axialtrain.train.schedule import learning_rate
 from axialtrain.train.track import DAMAGES, Tracker
 from axialtrain.train.watch import Watch
+
+LOG = logging.getLogger(__name__)
 
 PICTURE = 2048  # px, the longest side of prediction.png's panels
 
@@ -115,7 +118,7 @@ def train(run: Run) -> dict[str, float]:
     steps = config.train.steps
     if run.keeper is not None and not progress.early:
         run.keeper.begin(run)
-    started = time.perf_counter()
+    started, idle = time.perf_counter(), False  # whether a step without targets was told of
     with (
         tqdm(
             total=steps,
@@ -144,7 +147,16 @@ def train(run: Run) -> dict[str, float]:
                 "tokens_per_s": taken.tokens / seconds,
             }
             if taken.fault is None:
-                progress.losses = [*progress.losses, taken.loss][-config.faults.spike_window :]
+                if taken.loss:  # 0: no image of it had a target, and others are not judged by it
+                    progress.losses = [*progress.losses, taken.loss][-config.faults.spike_window :]
+                elif run.tracker is not None and not idle:
+                    LOG.warning(
+                        "step %s: none of its images has a target, so its loss is 0, and others "
+                        "will be; data.sample.by=balanced data.sample.classes=labels draws those "
+                        "that have (docs/windows.md)",
+                        progress.step,
+                    )
+                idle = idle or not taken.loss
             elif run.keeper is not None:
                 run.keeper.leave_out(run, taken.fault, taken.loss, taken.norm, taken.samples)
                 metrics["left_out"] = progress.left_out
@@ -226,19 +238,23 @@ def _step(run: Run, step: int, batches: Iterable[Batch], lr: float) -> Taken:
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """One pass over the held-out images: `val_loss` and the task's metrics, equal on all ranks."""
+    """One pass over the held-out images: `val_loss` and the task's metrics, equal on all ranks.
+
+    val_loss is the mean over images that have a target: in training one without counts 0.
+    """
     assert run.validation is not None
     run.engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, images
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, images with targets
     scores: dict[str, Tensor] = {}
     for batch in run.validation.once():
         batch = run.taken(batch, held_out=True)
         output = run.engine(*run.task.inputs(batch))
-        means = image_means(*run.task.loss(output, batch), batch.weight, run.mesh)
-        total += torch.stack([means.sum(), batch.weight.sum() / run.mesh.spatial.size]).double()
+        sums, valid = run.task.loss(output, batch)
+        means = image_means(sums, valid, batch.weight, run.mesh)
+        total += torch.stack([means.sum().double(), judged(valid, batch.weight, run.mesh)])
         for name, value in run.task.scores(output, batch).items():
             scores[name] = scores[name] + value if name in scores else value
-        del batch, output, means  # before the next one is read
+        del batch, output, sums, valid, means  # before the next one is read
     run.agree()
     total = sum_over(total, run.mesh.replicas)
     scores = {name: sum_over(value, run.mesh.replicas) for name, value in scores.items()}

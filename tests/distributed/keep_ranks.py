@@ -45,7 +45,7 @@ from axialtrain.train.schedule import learning_rate
 from axialtrain.train.storage import Folder
 from axialtrain.train.track import LoggerConfig, Tracker
 
-NAN, SPIKE = "nan", "spike"
+NAN, SPIKE, EMPTY = "nan", "spike", "empty"
 OPTIM = OptimConfig("sgd", lr=0.5, momentum=0.9, weight_decay=0.02, clip=0.5)
 CASE = Case("reconstruction", (7, 5))
 
@@ -61,7 +61,8 @@ def spoiled(pixels: Tensor, how: str | None) -> Tensor:
 
 @dataclass
 class Spoiled(Images):
-    """Images of which those of the steps in `bad` are spoiled; a NaN is met by one rank alone."""
+    """Images of which those of the steps in `bad` are spoiled; a NaN is met by one rank alone.
+    EMPTY: they have no target."""
 
     bad: dict[int, str] = field(default_factory=dict)
     before: Callable[[int], None] | None = None
@@ -74,6 +75,8 @@ class Spoiled(Images):
             how = self.bad.get(step)
             if how == SPIKE or (how == NAN and dist.get_rank() == dist.get_world_size() - 1):
                 batches = [replace(b, pixels=spoiled(b.pixels, how)) for b in batches]
+            if how == EMPTY:
+                batches = [replace(b, present=torch.zeros_like(b.present)) for b in batches]
             yield [replace(b, ids=tuple(f"{name} of {step}" for name in b.ids)) for b in batches]
 
     def state(self, step: int) -> OrderState:

@@ -292,6 +292,22 @@ def validated(case: Case, mesh: MeshConfig) -> Validated:
     return Validated(validate(run), picture(run))
 
 
+def mean_of_the_labelled(case: Case) -> tuple[float, int]:
+    """By hand: the mean loss of the held-out images that have a target, and how many have none."""
+    run = a_run(case, Mesh(), parallelize(case.build().double(), Mesh()), torch.float64)
+    assert run.validation is not None
+    run.engine.eval()
+    losses, without = [], 0
+    for batch in run.validation.once():
+        with torch.no_grad():
+            sums, valid = run.task.loss(run.engine(*run.task.inputs(batch)), batch)
+        for one, count, weight in zip(sums, valid, batch.weight, strict=True):
+            if weight and count:
+                losses.append(float(one / count))
+            without += int(weight > 0 and count == 0)
+    return sum(losses) / len(losses), without
+
+
 @dataclass
 class Trained:
     """What `train` logged on rank 0, its result on every rank, and the weights afterwards."""

@@ -12,7 +12,7 @@ from distributed.task_ranks import (
 )
 
 from axialtrain.mesh.mesh import Mesh, MeshConfig
-from axialtrain.tasks.objective import image_means, rank_loss, shown_loss
+from axialtrain.tasks.objective import image_means, judged, rank_loss, shown_loss
 
 MESHES = {
     "one process": MeshConfig(),
@@ -55,6 +55,13 @@ def test_it_is_the_mean_over_images(mesh, grid):
         assert torch.equal(got.shown, ranks[0].shown)
     assert fillers, "a filler is among them"
     torch.testing.assert_close(gradient, values.grad, rtol=1e-12, atol=0)
+
+
+def test_who_is_judged_has_a_target_and_is_no_filler():
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    assert judged(torch.tensor([0, 3, 2, 1]), weight, Mesh()).item() == 2.0
+    by_term = torch.tensor([[0, 0], [0, 1], [2, 2], [1, 0]])  # one target of any term is enough
+    assert judged(by_term, weight, Mesh()).item() == 2.0
 
 
 def test_without_targets_there_is_no_nan():

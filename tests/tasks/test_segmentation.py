@@ -11,6 +11,7 @@ from distributed.task_ranks import (
     CLASSES,
     IMAGES,
     Case,
+    mean_of_the_labelled,
     per_pixel,
     plain_segmentation,
     validated,
@@ -166,6 +167,9 @@ def test_validation_and_picture_are_the_same_on_any_mesh(mesh):
     case = Case("segmentation", (13, 10))
     (expected,) = run_ranks(validated, 1, case=case, mesh=MeshConfig())
     assert expected.metrics.keys() == {"val_loss", "miou", "accuracy"}
+    ((by_hand, without),) = run_ranks(mean_of_the_labelled, 1, case=case)
+    assert without > 0
+    assert expected.metrics["val_loss"] == pytest.approx(by_hand, rel=1e-10)
     ranks = run_ranks(validated, 4, case=case, mesh=mesh)
     for got in ranks:
         assert got.metrics == ranks[0].metrics

@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed.keep_ranks import (
     CASE,
+    EMPTY,
     NAN,
     SPIKE,
     lines_of,
@@ -126,6 +127,18 @@ def test_a_bad_batch_is_left_out(tmp_path, policy, stage):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "left_out" in line] == [4, 6]
     assert lines[3]["loss"] is None  # JSON has no NaN
+
+
+@pytest.mark.slow
+def test_steps_without_targets_are_told_of_once_and_hide_no_spike(tmp_path):
+    ranks = run(tmp_path, 1, SKIP, {2: EMPTY, 3: EMPTY, 4: EMPTY, 5: SPIKE})
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["loss"] == 0] == [3, 4, 5]
+    told = lines_of(tmp_path / "run" / "faults.jsonl")
+    assert [(line["step"], line["fault"]) for line in told] == [(6, "spike")]
+    said = [text for got in ranks for text in got.warned if "target" in text]
+    (text,) = said
+    assert text.startswith("step 3: none of its images has a target, so its loss is 0")
 
 
 @pytest.mark.slow
