@@ -7,6 +7,7 @@ file must not be able to ask for a large amount of memory.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from axialtrain.data.kinds import DTYPE, Raster
@@ -34,16 +36,24 @@ _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_BANDS = {0: 1, 2: 3, 4: 2, 6: 4}  # PNG's colour types without a palette -> bands
 _GREY = {0: 1}
+_PALETTE = 3  # PNG's colour type
+_DATA, _LAST = b"IDAT", b"IEND"  # PNG's chunks
 _BITS = {"uint8": 8, "uint16": 16}
 _BYTES = np.dtype(np.uint8)
 
 
 def decode(
-    data: bytes, shape: tuple[int, int, int], dtype: str = DTYPE, out: Raster | None = None
+    data: bytes,
+    shape: tuple[int, int, int],
+    dtype: str = DTYPE,
+    out: Raster | None = None,
+    *,
+    whole: bool = True,
 ) -> Raster:
     """The pixels of a stand-alone JPEG, PNG or TIFF of ours, `dtype` [height, width, bands].
 
-    out: of that shape and dtype, into which a JPEG of several bands is decoded.
+    out: of that shape and dtype, into which a JPEG of several bands is decoded. whole: whether a
+    JPEG is held to `check_jpeg`, which takes half as long again.
     ValueError if the header says anything but `shape` and `dtype`, or the data cannot be decoded.
     """
     if data.startswith(TIFF):
@@ -58,8 +68,35 @@ def decode(
         raise ValueError(f"is of shape {found} where {shape} belongs")
     if png:
         return _decoded(imagecodecs.png_decode, data, shape, np.dtype(dtype))
+    if whole:
+        check_jpeg(data)
     into = out if shape[2] > 1 else None
     return _decoded(lambda data: imagecodecs.jpeg8_decode(data, out=into), data, shape, _BYTES)
+
+
+def check_jpeg(data: bytes) -> None:
+    """ValueError unless the scans of a JPEG end where its pixels do, with its end behind them.
+
+    libjpeg makes up what is missing and only warns, which imagecodecs does not pass on. `data` is
+    one whose header has been read (`jpeg_shape`). It is decoded at an eighth of its size: all codes
+    are read, and most of the arithmetic is left out.
+    """
+    try:
+        _probe(data, strict=True)
+    except ValueError as error:
+        try:
+            _probe(data, strict=False)
+        except ValueError:  # of a kind that this decoder does not read, or worse than a warning
+            _decoded(imagecodecs.jpeg8_decode, data, jpeg_shape(data), _BYTES)
+        else:
+            raise ValueError(f"is a damaged JPEG ({error})") from error
+
+
+def _probe(data: bytes, *, strict: bool) -> None:
+    simplejpeg.decode_jpeg(
+        data, "GRAY", fastdct=True, fastupsample=True,
+        min_height=1, min_width=1, min_factor=8, strict=strict,
+    )  # fmt: skip
 
 
 def memory_for(tile: int, bands: int) -> Pixels:
@@ -75,7 +112,8 @@ def memory_for(tile: int, bands: int) -> Pixels:
 
 
 class JpegTiles:
-    """`decode` for tiles that are JPEGs alike, uint8 [tile, tile, bands], one after the other.
+    """`decode` for tiles that are JPEGs alike, uint8 [tile, tile, bands], one after the other, but
+    for `check_jpeg`: they were held to it when they were stored.
 
     They are decoded into the same memory, from which each is copied before the next one comes.
     """
@@ -100,7 +138,7 @@ class JpegTiles:
                 raise ValueError(f"cannot be decoded ({error})") from error
             return pixels if pixels is self._out else pixels.reshape(self._shape)
         copy = bytes(data)
-        pixels = decode(copy, self._shape, out=self._out)
+        pixels = decode(copy, self._shape, out=self._out, whole=False)
         header = _header(copy)
         self._header = header if _frame_in(header) == (self._shape, True) else None
         return pixels
@@ -115,6 +153,34 @@ def decode_instances(data: bytes, size: tuple[int, int]) -> Instances:
     if found != size:
         raise ValueError(f"is of shape {found} where {size} belongs")
     return _decoded(imagecodecs.png_decode, data, size, np.dtype(np.uint16))
+
+
+def indices_shape(data: bytes) -> tuple[int, int, int] | None:
+    """(height, width, 1) from the header of a PNG of a palette; None for any other PNG."""
+    if png_bits(data) > 8 or data[25] != _PALETTE:
+        return None
+    return int.from_bytes(data[20:24]), int.from_bytes(data[16:20]), 1
+
+
+def decode_indices(data: bytes, shape: tuple[int, int, int]) -> Pixels:
+    """The indices of a PNG of a palette, uint8 of `shape`, which is that of `indices_shape`.
+
+    The decoder gives the palette's colours. So it is given the same numbers as a PNG of grey, and
+    stretches those of fewer than 8 bits to 255.
+    """
+    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
+        raise ValueError("is a damaged PNG (the checksum of its header is wrong)")
+    header = data[12:25] + b"\0" + data[26:29]
+    parts = [data[:12], header, zlib.crc32(header).to_bytes(4)]
+    at = 33
+    while at < len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] in (_DATA, _LAST):
+            parts.append(data[at:stop])
+        at = stop
+    grey = _decoded(imagecodecs.png_decode, b"".join(parts), shape, _BYTES)
+    indices: Pixels = grey // (255 // (2 ** data[24] - 1))
+    return indices
 
 
 def _decoded(
@@ -146,6 +212,8 @@ def encode_png(pixels: Raster) -> bytes:
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
+    if 1 in pixels.shape:  # along which any stride is contiguous to numpy, and not to the encoder
+        pixels = pixels.copy()
     return bytes(imagecodecs.jpeg8_encode(pixels, quality))
 
 

@@ -217,7 +217,8 @@ class _Writer:
         data = image.tile_bytes(row, col)
         self.copied += data is not None
         if wanted and data is not None and not image.info.masked:
-            self._measure(decode(data, (head.tile, head.tile, head.bands)), None, row, col)
+            pixels = decode(data, (head.tile, head.tile, head.bands), whole=False)  # as was checked
+            self._measure(pixels, None, row, col)
         return data, present
 
     def _measure(self, pixels: Raster, present: Mask | None, row: int, col: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from axialtrain.data.listing import Entry
 from axialtrain.data.rasters import LabelSource, RasterInstances, open_instances, open_labels
 from axialtrain.data.readers import Reader, open_image
-from axialtrain.data.readers.reader import TILE
+from axialtrain.data.readers.reader import MPP, TILE
 from axialtrain.data.readers.resampled import choose_level, resampled
 from axialtrain.data.readers.retiled import retiled
 from axialtrain.data.sharding import Sharding
@@ -21,6 +22,9 @@ from axialtrain.data.store import (
     Head,
     image_name,
 )
+from axialtrain.data.tissue import check_kept
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,32 @@ def check_inputs(
             if refused is None:
                 raise
             refused(entry, error)
-    return list(inputs.values())
+    found = list(inputs.values())
+    _tell_of_mixes(found)
+    return found
+
+
+def _tell_of_mixes(inputs: Sequence[Input]) -> None:
+    """Warn of what no run could read as one set."""
+    first: dict[str, str] = {}
+    for one in inputs:
+        first.setdefault(str(one.head.kind), one.name)
+    if len(first) > 1:
+        kinds = ", ".join(f"{kind} ({name!r})" for kind, name in first.items())
+        LOG.warning("images of several kinds: %s; a run reads shards of one kind", kinds)
+    for what, has in (
+        ("labels", [one.entry.labels is not None for one in inputs]),
+        ("instances", [one.entry.instances is not None for one in inputs]),
+        ("class", [one.entry.label is not None for one in inputs]),
+    ):
+        if any(has) and not all(has):
+            LOG.warning(
+                "%s of %s images have no %s, %r first: a run that needs it refuses the shards",
+                has.count(False),
+                len(has),
+                what,
+                inputs[has.index(False)].name,
+            )
 
 
 def _checked(entry: Entry, name: str, how: Sharding, classes: Mapping[str, int] | None) -> Input:
@@ -133,6 +162,7 @@ def _checked(entry: Entry, name: str, how: Sharding, classes: Mapping[str, int] 
     with open_stored(entry, how) as image:
         head = _head_of(image, entry, name, how, level)
         reader, why, copied = image.name, image.why, image.jpeg
+    check_kept(entry.image, head.kind, how.keep)
     rows, cols = head.block_grid
     if rows * cols > MAX_BLOCKS:
         raise ValueError(f"{entry.image}: makes {rows * cols} blocks, allowed is {MAX_BLOCKS}")
@@ -155,6 +185,10 @@ def _head_of(image: Reader, entry: Entry, name: str, how: Sharding, level: int) 
     mpp = image.mpp
     if entry.mpp is not None and how.mpp is None:
         mpp = entry.mpp * image.downsample
+    if mpp is not None and not MPP[0] <= mpp <= MPP[1]:
+        raise ValueError(
+            f"{entry.image}: mpp of what is stored is {mpp:g}, allowed is {MPP[0]:g} to {MPP[1]:g}"
+        )
     return Head(
         name=name,
         height=image.height,

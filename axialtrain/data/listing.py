@@ -14,6 +14,7 @@ import numpy as np
 
 from axialtrain.data.checked import shown
 from axialtrain.data.manifest import MAX_LABEL
+from axialtrain.data.readers.reader import MPP
 from axialtrain.data.splits import SPLIT, SPLIT_WORDS
 
 COLUMNS = ("image", "label", "instances", "group", "split", "mpp")
@@ -126,8 +127,8 @@ def _entry(cells: dict[str, str], table: Path, line: int) -> Entry:
             micrometres = float(mpp)
         except ValueError:
             micrometres = math.nan
-        if not (micrometres > 0 and math.isfinite(micrometres)):
-            raise wrong("mpp", "micrometres per px above 0, or nothing")
+        if not MPP[0] <= micrometres <= MPP[1]:
+            raise wrong("mpp", f"micrometres per px above 0 ({MPP[0]:g} to {MPP[1]:g}), or nothing")
     if split and not SPLIT.fullmatch(split):
         raise wrong("split", SPLIT_WORDS)
     return Entry(

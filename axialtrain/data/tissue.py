@@ -66,11 +66,7 @@ def kept_tiles(
         raise ValueError(f"share is {share}, allowed is 0 to 1")
     with open_image(path, level, reader) as image:
         info, levels = image.info if stored is None else stored, image.levels
-    if how == TISSUE and info.kind != Kind():
-        raise ValueError(
-            f"{path}: its pixels are {info.kind}, allowed for how={TISSUE!r} is {Kind()} (RGB): "
-            f"how={NODATA!r} is for all"
-        )
+    check_kept(path, info.kind, how)
     rows, cols = -(-info.height // info.tile), -(-info.width // info.tile)
     if how == ALL:
         return np.ones((rows, cols), np.bool_)
@@ -78,6 +74,15 @@ def kept_tiles(
     with open_image(path, coarse, reader) as image:
         pixels, there = _picture(image, cell, how)
     return _tiles_with(_grown(there if pixels is None else tissue(pixels, there)), info, share)
+
+
+def check_kept(path: Path, kind: Kind, how: str) -> None:
+    """ValueError naming the image if its pixels, of `kind`, cannot be kept by `how`."""
+    if how == TISSUE and kind != Kind():
+        raise ValueError(
+            f"{path}: its pixels are {kind}, allowed for how={TISSUE!r} is {Kind()} (RGB): "
+            f"how={NODATA!r} is for all"
+        )
 
 
 def tissue(pixels: Pixels, present: Mask) -> Mask:

@@ -74,3 +74,20 @@ def write_ndpi(path: Path, pixels: np.ndarray) -> None:
             *((tag, signed, 1, 0, True) for tag in (65422, 65423, 65424)),  # offsets, focal plane
         ],
     )
+
+
+def write_aperio(path: Path, levels: list[np.ndarray]) -> None:
+    """An SVS of levels of any sizes, uint8 [h, w, 3] each, at 0.5 um/px, without loss."""
+    height, width = levels[0].shape[:2]
+    options = {"photometric": "rgb", "metadata": None, "compression": "zlib"}
+    with tifffile.TiffWriter(path) as file:
+        for number, pixels in enumerate(levels):
+            file.write(
+                pixels,
+                tile=(64, 64),
+                description=f"Aperio Image Library v1\n{width}x{height} (64x64) RAW|MPP = 0.5",
+                subfiletype=int(number > 0),
+                **options,
+            )
+            if number == 0:  # what it takes the second page for
+                file.write(np.zeros((16, 16, 3), np.uint8), rowsperstrip=16, **options)

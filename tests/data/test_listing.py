@@ -53,6 +53,8 @@ def test_a_table_says_what_is_known(tmp_path: Path) -> None:
         ("image,label\na\n", "line 2 has 1 cells, allowed are 2"),
         ("image,mpp\na,0.5\nb,-1\n", "line 3: mpp is '-1', allowed is micrometres per px above 0"),
         ("image,mpp\na,nan\n", "line 2: mpp is 'nan', allowed"),
+        ("image,mpp\na,1e-12\n", r"line 2: mpp is '1e-12', allowed .* \(1e-09 to 1e\+09\)"),
+        ("image,mpp\na,0.5\nb,1e300\n", "line 3: mpp is '1e300', allowed"),
         ("image,mpp\na,wide\n", "line 2: mpp is 'wide', allowed"),
         ("image,label\na,70000\n", "line 2: label is '70000', allowed is a class from 0 to 65535"),
         ("image,split\na,../x\n", r"line 2: split is '\.\./x', allowed is a name"),

@@ -11,10 +11,11 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from axialtrain.data.codec import encode_png
 from axialtrain.data.rasters import open_instances, open_labels, same_extent
-from axialtrain.data.readers import open_raster
+from axialtrain.data.readers import open_image, open_raster
 from axialtrain.grid import Rect
 
 
@@ -160,6 +161,30 @@ def test_what_cannot_be_labels_is_named(tmp_path: Path, raster: np.ndarray, mess
     path = write(tmp_path / "a.tif", raster)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
         open_labels(path, 70, 50)
+
+
+@pytest.mark.parametrize("colours", [2, 4, 16, 200])  # stored in 1, 2, 4 and 8 bits
+def test_a_png_of_a_palette_has_its_indices(tmp_path: Path, colours: int) -> None:
+    path = tmp_path / "a.png"
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, colours, (70, 51), np.uint8)
+    image = Image.fromarray(labels)
+    image.putpalette(rng.integers(0, 256, 3 * colours, np.uint8).tobytes())
+    image.save(path, transparency=0)
+    with open_labels(path, 70, 51) as raster:
+        np.testing.assert_array_equal(raster.read(Rect(0, 70, 0, 51)), labels)
+    with open_instances(path, 140, 102) as numbers:
+        twice = labels.repeat(2, 0).repeat(2, 1)
+        np.testing.assert_array_equal(numbers.read(Rect(0, 140, 0, 102)), twice)
+    with pytest.raises(ValueError, match="colour type 3, not 8-bit grey or RGB"):
+        open_image(path)
+    data = bytearray(path.read_bytes())
+    for at, message in ((23, "checksum of its header"), (-30, "cannot be decoded")):
+        data[at] ^= 1
+        path.write_bytes(data)
+        with open_raster(path) as raster, pytest.raises(ValueError, match=f"{path}.*({message})"):
+            raster.read(Rect(0, 70, 0, 51))
+        data[at] ^= 1
 
 
 def test_instances_that_lost_something_are_refused(tmp_path: Path) -> None:

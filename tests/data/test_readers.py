@@ -9,6 +9,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+import rasterio
 import tifffile
 from PIL import Image
 
@@ -70,6 +71,43 @@ def test_levels_and_resolution(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image.read(Rect(0, 75, 0, 100)), PIXELS[::2, ::2])
     with pytest.raises(ValueError, match="level is 2, allowed is 0 to 1"):
         open_image(path, 2)
+
+
+@pytest.mark.parametrize(
+    "resolution", [((1, 4294967295),) * 2, ((4294967295, 1),) * 2, ((0, 1),) * 2]
+)
+def test_a_resolution_that_cannot_be_is_unknown(
+    tmp_path: Path, resolution: tuple[tuple[int, int], ...]
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path,
+        PIXELS,
+        tile=(16, 16),
+        photometric="rgb",
+        resolution=resolution,
+        resolutionunit="CENTIMETER",
+    )
+    with open_image(path) as image:
+        assert image.mpp is None
+
+
+@pytest.mark.parametrize("size", [(1003, 333), (333, 1003)])
+def test_a_level_lies_where_rasterio_says(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Its sides are rounded, each by a share of its own."""
+    path = tmp_path / "a.tif"
+    height, width = size
+    with rasterio.open(
+        path, "w", driver="GTiff", height=height, width=width, count=1, dtype="uint8",
+        crs="EPSG:32618", transform=rasterio.Affine(10, 0, 1000, 0, -20, 5000),
+        tiled=True, blockxsize=128, blockysize=128,
+    ) as raster:  # fmt: skip
+        raster.build_overviews([2, 4, 8])
+    for level in (0, 1, 2, 3):
+        overview = {"overview_level": level - 1} if level else {}
+        with rasterio.open(path, **overview) as raster, open_image(path, level) as image:
+            assert image.name == "tifffile"
+            assert image.info.transform == pytest.approx(tuple(raster.transform)[:6], rel=1e-12)
 
 
 def test_grey_jpeg_is_read(tmp_path: Path) -> None:

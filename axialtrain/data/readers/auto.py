@@ -132,7 +132,7 @@ def _source(name: str, path: Path, level: int, indices: bool) -> Source:
             return FeatureSource(path, level)
         from axialtrain.data.readers.plain import PlainSource
 
-        return PlainSource(path, level)
+        return PlainSource(path, level, indices=indices)
     except ImportError as error:
         extra = _EXTRAS.get(name)
         if extra is None:
@@ -140,5 +140,5 @@ def _source(name: str, path: Path, level: int, indices: bool) -> Source:
         raise Unfit(
             path,
             f"{name} is not installed here ({error})",
-            f"pip install 'axialtrain[{extra}]', which may read it",
+            f"install the extra {extra} (launch/install.sh {extra}), which may read it",
         ) from error

@@ -12,13 +12,12 @@ import numpy as np
 
 from axialtrain.data.kinds import Kind
 from axialtrain.data.readers.lattice import lattice_of
-from axialtrain.data.readers.reader import Info, Tile, check_level, check_size
+from axialtrain.data.readers.reader import Info, Tile, believed_mpp, check_level, check_size
 from axialtrain.data.readers.table import HDF5, ZIP, Table
 from axialtrain.data.store import MIN_TILE
 
 _SIDES = (256, 128, 64, 32, 16)  # px, of tiles
 _TILE_BYTES = 1 << 20  # that a tile should take at most: a block is 64 of them
-_MPP = (1e-3, 1e3)  # what can be believed, of a px of level 0
 
 
 class FeatureSource:
@@ -35,13 +34,13 @@ class FeatureSource:
             raise
         kind = Kind(self._table.width, "float32")
         side = tile_side(kind)
-        mpp = self._table.numbers.get("mpp", 0.0)
+        mpp = believed_mpp(self._table.numbers.get("mpp", 0.0))
         self.info = Info(
             height=lattice.height,
             width=lattice.width,
             kind=kind,
             tile=side,
-            mpp=mpp * lattice.step if _MPP[0] < mpp < _MPP[1] else None,
+            mpp=None if mpp is None else mpp * lattice.step,
             downsample=float(lattice.step),
             masked=True,
         )

@@ -8,9 +8,10 @@ addresses. What lies beside it is not read.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,13 @@ _ERRORS = (
     LookupError,
 )
 
-logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what it logs, it also raises
+_JPEG = "JPEGLib:"  # what warnings of libjpeg begin with
+
+# What it logs, it also raises, but for warnings, which `_heard` listens to.
+_LOG = logging.getLogger("rasterio")
+_LOG.setLevel(logging.WARNING)
+_LOG.propagate = False
+_LOG.addHandler(logging.NullHandler())
 
 
 class GeoSource:
@@ -128,9 +135,11 @@ class GeoSource:
         window = Window(rect.left, rect.top, rect.width, rect.height)
         bands = list(range(1, self.info.kind.bands + 1))
         try:
-            with _gdal():
+            with _gdal(), _heard(_JPEG) as warned:
                 pixels = self._file.read(bands, window=window)
                 mask = self._file.dataset_mask(window=window) if self._masked else None
+            if warned:  # libjpeg makes up what is missing: see `codec.check_jpeg`
+                raise ValueError(f"a damaged JPEG: {warned[0]}")
         except _ERRORS as error:
             raise ValueError(
                 f"{self._path}: tile row={row} col={col} cannot be read ({one_line(error)})"
@@ -192,6 +201,26 @@ def _gdal() -> AbstractContextManager[object]:
         GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR",
         GDAL_PAM_ENABLED="NO",
     )
+
+
+@contextmanager
+def _heard(text: str) -> Iterator[list[str]]:
+    """What GDAL warns of with `text` in it, on this thread."""
+    heard: list[str] = []
+    thread = threading.get_ident()
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _, found, said = record.getMessage().partition(text)
+            if found and record.thread == thread:
+                heard.append(said)
+
+    ear = Ear(logging.WARNING)
+    _LOG.addHandler(ear)
+    try:
+        yield heard
+    finally:
+        _LOG.removeHandler(ear)
 
 
 def _crs(file: rasterio.DatasetReader) -> str | None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from axialtrain.data.codec import decode, jpeg_shape, png_bits, png_shape
+from axialtrain.data.codec import (
+    decode,
+    decode_indices,
+    indices_shape,
+    jpeg_shape,
+    png_bits,
+    png_shape,
+)
 from axialtrain.data.kinds import Kind, Raster
 from axialtrain.data.readers.reader import (
     TILE,
@@ -23,7 +30,8 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 class PlainSource:
     """A PNG of 1 to 4 bands of 8 or 16 bits, or a JPEG of 1 or 3. An opacity says what is there."""
 
-    def __init__(self, path: Path, level: int) -> None:
+    def __init__(self, path: Path, level: int, *, indices: bool) -> None:
+        """indices: whether a palette's indices are what is wanted; its colours never are."""
         self._path = path
         try:
             size = path.stat().st_size
@@ -37,7 +45,11 @@ class PlainSource:
             raise ValueError(f"{path}: is no PNG or JPEG, which is all that reader=image reads")
         try:
             bits = png_bits(self._data) if png else 8
-            self._shape = png_shape(self._data, bits) if png else jpeg_shape(self._data)
+            shape = indices_shape(self._data) if png and indices else None
+            self._indices = shape is not None
+            if shape is None:
+                shape = png_shape(self._data, bits) if png else jpeg_shape(self._data)
+            self._shape = shape
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         height, width, bands = self._shape
@@ -60,7 +72,10 @@ class PlainSource:
     def tile(self, row: int, col: int) -> Tile | None:
         if self._pixels is None:
             try:
-                self._pixels = decode(self._data, self._shape, self._dtype)
+                if self._indices:
+                    self._pixels = decode_indices(self._data, self._shape)
+                else:
+                    self._pixels = decode(self._data, self._shape, self._dtype)
             except ValueError as error:
                 raise ValueError(f"{self._path}: {error}") from error
         rect = window_of(self.info, row, col)

@@ -19,6 +19,10 @@ from axialtrain.data.kinds import DTYPES, MAX_BANDS, MAX_TILE_PIXELS_BYTES, Kind
 from axialtrain.data.store import MAX_SIDE, MAX_TILE, MIN_TILE
 from axialtrain.grid import Rect
 
+# Micrometres per px that a head can have (`Head.from_json`), and that a file can be believed to
+# have at level 0: what is beyond is a slip of its writer, and counts as unknown.
+MPP = (1e-9, 1e9)
+_BELIEVED = (1e-3, 1e3)
 TILE = 256  # px, of sources that have no tiles of their own, or none that can be stored
 Mask = NDArray[np.bool_]
 
@@ -235,6 +239,15 @@ def check_size(path: Path, height: int, width: int) -> None:
 def fits_a_tile(side: int, kind: Kind) -> bool:
     """Whether tiles of `side` px may be stored."""
     return MIN_TILE <= side <= MAX_TILE and side * side * kind.pixel_bytes <= MAX_TILE_PIXELS_BYTES
+
+
+def believed_mpp(said: str | float) -> float | None:
+    """Micrometres per px of level 0, as a file says it, where that can be believed."""
+    try:
+        mpp = float(said)
+    except (ValueError, OverflowError):
+        return None
+    return mpp if _BELIEVED[0] < mpp < _BELIEVED[1] else None
 
 
 def one_line(error: BaseException) -> str:

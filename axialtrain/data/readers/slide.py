@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+from numpy.typing import NDArray
 
 from axialtrain.data.kinds import Kind
 from axialtrain.data.readers.reader import (
@@ -19,6 +20,7 @@ from axialtrain.data.readers.reader import (
     Info,
     Tile,
     Unfit,
+    believed_mpp,
     check_level,
     check_size,
     fits_a_tile,
@@ -28,6 +30,12 @@ from axialtrain.data.readers.reader import (
 )
 
 _PLAIN = "generic-tiff"  # of any type and number of bands, which OpenSlide turns into RGB unasked
+
+# A read begins at a whole px of level 0. Where that is none of the level that is read, OpenSlide
+# interpolates (cairo, linearly) between two px of that level, unless it is nearer than 1/256 px.
+_EXACT = 1 / 300  # px
+_REACH = 64  # px before a tile, where a px that is whole on both is looked for
+_MARGIN = 12  # px, beyond which the one before has no part in what `_sharp` makes
 
 _MPP = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
 
@@ -68,7 +76,7 @@ class SlideSource:
             for name in ("width", "height")
         )
         side = int(across) if across == down and across.isdecimal() else TILE
-        mpp = [_number(properties.get(key)) for key in _MPP]
+        mpp = [believed_mpp(properties.get(key, "")) for key in _MPP]
         square = mpp[0] and mpp[1] and abs(mpp[0] - mpp[1]) <= 0.01 * mpp[0]
         return Info(
             height=height,
@@ -83,15 +91,23 @@ class SlideSource:
 
     def tile(self, row: int, col: int) -> Tile | None:
         window = window_of(self.info, row, col)
+        (x, left, right), (y, top, bottom) = (
+            _start(n, self.info.downsample) for n in (window.left, window.top)
+        )
         # OpenSlide takes the corner in px of level 0, and the size in those of the level.
-        corner = [round(n * self.info.downsample) for n in (window.left, window.top)]
-        size = (window.width, window.height)
+        size = [
+            stop - start + _MARGIN * bool(off)
+            for start, stop, off in ((left, window.right, right), (top, window.bottom, bottom))
+        ]
         try:
-            rgba = np.asarray(self._slide.read_region((corner[0], corner[1]), self._level, size))
+            rgba = np.asarray(self._slide.read_region((x, y), self._level, (size[0], size[1])))
         except openslide.OpenSlideError as error:
             raise ValueError(
                 f"{self._path}: tile row={row} col={col} cannot be read ({one_line(error)})"
             ) from error
+        rgba = _sharp(rgba, bottom, right)[
+            window.top - top : window.bottom - top, window.left - left : window.right - left
+        ]
         present = rgba[..., 3] != 0
         return padded(self.info, np.ascontiguousarray(rgba[..., :3]), present)
 
@@ -102,10 +118,41 @@ class SlideSource:
         self._slide.close()
 
 
-def _number(text: str | None) -> float | None:
-    """Micrometres that can be believed, of a property."""
-    try:
-        number = float(text or "nan")
-    except ValueError:
-        return None
-    return number if 1e-3 < number < 1e3 else None
+def _start(first: int, downsample: float) -> tuple[int, int, float]:
+    """Where a read begins that is to have px `first` of a level along one side.
+
+    (px of level 0; px of the level; how far the one lies behind the other, px of the level, 0.0 if
+    that is nothing to OpenSlide). It begins at most _REACH px before `first`, which is little to
+    read; in between, downsamples near whole numbers (4.0004) may have no px that is whole on both.
+    """
+    before = np.arange(first, max(first - _REACH, 0) - 1, -1)
+    corner = np.rint(before * downsample).astype(np.int64)
+    off = corner / downsample - before
+    exact = np.flatnonzero(abs(off) < _EXACT)
+    if exact.size:
+        at = int(exact[0])
+        return int(corner[at]), int(before[at]), 0.0
+    at = _MARGIN + int(abs(off[_MARGIN:]).argmin())
+    return int(corner[at]), int(before[at]), float(off[at])
+
+
+def _sharp(rgba: NDArray[np.uint8], down: float, across: float) -> NDArray[np.uint8]:
+    """`rgba` [h, w, 4] as it was before each px became the mean of itself and the next one.
+
+    down, across: the weight of the next px, of the one before where it is negative. The last
+    _MARGIN px of a side with such a weight (or the first) stay wrong. Colours come out to a value
+    or two, whether a px is there exactly.
+    """
+    if not down and not across:
+        return rgba
+    values = rgba.astype(np.float32)
+    values[..., :3] *= values[..., 3:] / 255  # a px that is missing has no part in a mean
+    for lines, off in ((values, down), (values.swapaxes(0, 1), across)):
+        if not off:
+            continue
+        weight, step = abs(off), 1 if off > 0 else -1
+        for at in range(len(lines) - 2, -1, -1) if off > 0 else range(1, len(lines)):
+            lines[at] = (lines[at] - weight * lines[at + step]) / (1 - weight)
+    there = values[..., 3:] >= 128
+    sharp: NDArray[np.uint8] = np.where(there, np.clip(np.rint(values), 0, 255), 0).astype(np.uint8)
+    return sharp

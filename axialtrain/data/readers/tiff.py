@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from axialtrain.data.codec import decode, jpeg_shape, standalone_jpeg
+from axialtrain.data.codec import check_jpeg, decode, jpeg_shape, standalone_jpeg
 from axialtrain.data.georeference import of_tiff
 from axialtrain.data.kinds import MAX_BANDS, Kind
 from axialtrain.data.readers.reader import (
@@ -24,6 +24,7 @@ from axialtrain.data.readers.reader import (
     Mask,
     Tile,
     Unfit,
+    believed_mpp,
     check_level,
     check_size,
     fits_a_tile,
@@ -113,7 +114,9 @@ class TiffSource:
         self._nodata = _nodata(base, kind)
         self._mask = _mask_page(path, self._file.pages, page)
         masked = self._alpha or self._nodata is not None or self._mask is not None
-        crs, transform = of_tiff(base.geotiff_tags, base.imagelength / height, downsample)
+        crs, transform = of_tiff(
+            base.geotiff_tags, base.imagelength / height, base.imagewidth / width
+        )
         self.info = Info(
             height=height,
             width=width,
@@ -152,7 +155,13 @@ class TiffSource:
         return Tile(pixels, present)
 
     def jpeg(self, row: int, col: int) -> bytes | None:
-        return self._jpeg(self._page, row, col)
+        data = self._jpeg(self._page, row, col)
+        try:
+            if data is not None:
+                check_jpeg(data)
+        except ValueError as error:
+            raise self._bad_tile(row, col, str(error)) from error
+        return data
 
     def close(self) -> None:
         self._file.close()
@@ -345,17 +354,15 @@ def _base_mpp(page: tifffile.TiffPage) -> float | None:
     """
     aperio = _APERIO_MPP.search(page.description)
     if aperio:
-        mpp = float(aperio[1])
-        return mpp if 1e-3 < mpp < 1e3 else None
+        return believed_mpp(aperio[1])
     if page.is_ome:
         ome = _OME_MPP.search(page.description)
         if ome and not _OME_OTHER_UNIT.search(page.description):
-            mpp = float(ome[1])
-            return mpp if 1e-3 < mpp < 1e3 else None
+            return believed_mpp(ome[1])
     resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
     if resolution is None or unit is None or unit.value != _CENTIMETRE:
         return None
     per_centimetre, denominator = resolution.value
     if not per_centimetre or not denominator:
         return None
-    return float(1e4 * denominator / per_centimetre)
+    return believed_mpp(1e4 * denominator / per_centimetre)
