@@ -131,3 +131,4 @@ def assert_each_tile_is_read_where_it_is_needed(reading, slide_shards, mesh) -> 
                 tiles += len(list(tiles_of(part, head.height, head.width, head.tile)))
         assert rank["tiles_decoded"] == tiles
         assert rank["bytes_read"] > 0
+        assert rank["head_bytes_read"] >= sum(row.head_length for row in shards.images)

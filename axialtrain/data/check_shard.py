@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
-import fsspec
 import google_crc32c
 
 from axialtrain.data.check_block import Largest, check_block, padded
 from axialtrain.data.codec import decode, jpeg_shape
 from axialtrain.data.faults import COPY, COPY_EITHER, MADE_SO, MAX_FAULTS, Faults
 from axialtrain.data.fetch import merge
-from axialtrain.data.reading import ByteSource
+from axialtrain.data.passing import without_secrets
+from axialtrain.data.reading import ByteSource, Span
 from axialtrain.data.store import (
     MANIFEST,
     TAR_RECORD,
@@ -29,7 +29,7 @@ from axialtrain.data.tar import is_file, is_sound, kind, parse_header
 MAX_THUMBNAIL = 1 << 24  # bytes
 MAX_THUMBNAIL_SIDE = 4096  # px
 TAR_END = 2 * TAR_RECORD  # zero bytes at the end of an archive
-_STEP = 1 << 22  # bytes read at once where nothing belongs
+_AT_ONCE = 1 << 24  # bytes of blocks that are asked for at once, over a network
 _HEADERS = 1024  # asked for at once
 
 
@@ -45,12 +45,13 @@ class Seen:
 class ShardCheck:
     """Checks the images of one shard, `rows` of the manifest; `run` adds to `faults`.
 
-    mode: as `verify` has it. size: bytes of the shard, known after `measure`. seen: its images.
+    source: of the set, one for all of its shards. root: the set's folder there. mode: as `verify`
+    has it. size: bytes of the shard, known after `measure`. seen: its images.
     """
 
     def __init__(
         self,
-        fs: fsspec.AbstractFileSystem,
+        source: ByteSource,
         root: str,
         faults: Faults,
         rows: list[ImageRow],
@@ -59,7 +60,7 @@ class ShardCheck:
         self.faults = faults
         self.size = 0
         self.seen: list[Seen] = []
-        self._fs = fs
+        self._source = source
         self._path = f"{root}/{faults.shard}"
         self._rows = sorted(rows, key=lambda row: row.head_offset)
         self._mode = mode
@@ -70,7 +71,7 @@ class ShardCheck:
     def measure(self) -> int:
         """The size of the shard; a fault, and 0, where it has none."""
         try:
-            size = ByteSource(self._fs).size(self._path)
+            size = self._source.size(self._path)
             if size is None:
                 raise ValueError("its server does not tell its size, which reading needs")
             self.size = size
@@ -89,20 +90,19 @@ class ShardCheck:
             return
         self._advance = advance
         try:
-            with self._fs.open(self._path, "rb", block_size=_STEP) as file:
-                for row in self._rows:
-                    self._image(row, file)
-                self._rest(file)
-        except OSError as error:
+            for row in self._rows:
+                self._image(row)
+            self._rest()
+        except (OSError, ValueError) as error:  # a ValueError: it has become shorter
             self._unreadable(error)
 
     def _unreadable(self, error: Exception) -> None:
         self.faults.add(
-            f"cannot be read ({str(error).removeprefix(f'{self._path}: ')})",
+            f"cannot be read ({str(error).removeprefix(f'{without_secrets(self._path)}: ')})",
             f"see that it can be read, and verify again; if it stays so, {COPY}",
         )
 
-    def _image(self, row: ImageRow, file: Any) -> None:
+    def _image(self, row: ImageRow) -> None:
         head = self._head(row)
         if head is None:
             self._unknown += 1
@@ -117,10 +117,12 @@ class ShardCheck:
             return
         largest = Largest() if self._mode == "deep" else None
         before = self.faults.count
-        for entry in entries:
-            data = _read(file, entry.offset, entry.length)
-            check_block(data, head, entry, self.faults, largest)
-            self._advance(entry.length)
+        for some in _at_once(entries):
+            spans = [Span(e.offset, e.offset + e.length, e.crc32c) for e in some]
+            with closing(self._source.spans(self._path, spans)) as stored:
+                for entry, data in zip(some, stored, strict=True):
+                    check_block(data, head, entry, self.faults, largest)
+                    self._advance(entry.length)
         if largest is not None and self.faults.count == before:
             self._check_largest(row, largest)
 
@@ -140,9 +142,8 @@ class ShardCheck:
 
     def _first_headers(self, head: Head, entries: list[BlockEntry]) -> None:
         """Compare the directory with the tar: a block's first member is where it says."""
-        starts = [entry.offset for entry in entries]
-        stops = [start + TAR_RECORD for start in starts]
-        headers = self._fs.cat_ranges([self._path] * len(starts), starts, stops, on_error="raise")
+        ranges = [(entry.offset, entry.offset + TAR_RECORD) for entry in entries]
+        headers = self._source.fetch(self._path, ranges)
         for entry, header in zip(entries, headers, strict=True):
             prefix = f"{block_key(head.name, head.level, entry.row, entry.col)}."
             try:
@@ -168,13 +169,21 @@ class ShardCheck:
         if stop > self.size:
             wrong(f"ends at byte {stop}, but the shard at byte {self.size}: it was cut short")
             return None
-        data = self._fs.cat_file(self._path, start, stop)
-        header, body = data[:TAR_RECORD], data[TAR_RECORD:]
+
+        def header_problem(data: bytes) -> str | None:
+            return _not(data[:TAR_RECORD], member, row.head_length)
+
+        def has_its_sum(data: bytes) -> bool:
+            body = data[TAR_RECORD:][: row.head_length]
+            return hashlib.sha256(body).hexdigest() == row.head_sha256
+
+        data = self._read(start, stop, lambda came: not header_problem(came) and has_its_sum(came))
+        body = data[TAR_RECORD:]
         head = None
-        problem = _not(header, member, row.head_length)
+        problem = header_problem(data)
         if problem is not None:
             wrong(problem, start)
-        if hashlib.sha256(body[: row.head_length]).hexdigest() != row.head_sha256:
+        if not has_its_sum(data):
             wrong(f"is damaged (its SHA-256 is not the one in {MANIFEST})")
         else:
             try:
@@ -197,7 +206,11 @@ class ShardCheck:
         def wrong(what: str, at: int = start + TAR_RECORD, remedy: str = COPY) -> None:
             self.faults.add(what, remedy, offset=at, member=member, image=row.name)
 
-        header = self._fs.cat_file(self._path, start, min(start + TAR_RECORD, self.size))
+        header = self._read(
+            start,
+            min(start + TAR_RECORD, self.size),
+            lambda came: _not(came, member, None) is None,
+        )
         problem = _not(header, member, None)
         if problem is not None:
             wrong(problem, start)
@@ -213,21 +226,24 @@ class ShardCheck:
             self._unknown += 1
             return 0
         if self._mode != "quick":
-            data = self._fs.cat_file(self._path, start + TAR_RECORD, stop)
+            stored = head.thumbnail_crc32c
+
+            def is_right(data: bytes) -> bool:
+                return stored is None or google_crc32c.value(data[:size]) == stored
+
+            data = self._read(start + TAR_RECORD, stop, is_right)
             if data[size:].strip(b"\0"):
                 wrong("the padding behind it is not zero", start + TAR_RECORD + size)
-            data = data[:size]
-            stored = head.thumbnail_crc32c
-            if stored is not None and google_crc32c.value(data) != stored:
+            if not is_right(data):
                 wrong("is damaged (its CRC-32C is not the stored one)")
             else:
                 try:
-                    _check_thumbnail(data, whole=self._mode == "deep")
+                    _check_thumbnail(data[:size], whole=self._mode == "deep")
                 except ValueError as error:
                     wrong(str(error), remedy=MADE_SO if stored is not None else COPY)
         return stop - start
 
-    def _rest(self, file: Any) -> None:
+    def _rest(self) -> None:
         """What belongs to no image: nothing but the end of the archive."""
         at = 0
         for start, stop, name in sorted(self._spans):
@@ -238,10 +254,10 @@ class ShardCheck:
                     offset=start,
                 )
             elif start > at and not self._unknown:
-                self._strangers(file, at, start)
+                self._strangers(at, start)
             at = max(at, stop)
         last = max(self.size - TAR_END, 0)
-        end = _read(file, last, TAR_END)
+        end = self._read(last, self.size)
         if len(end) < TAR_END or end.strip(b"\0") or last < at:
             self.faults.add(
                 f"the end of the archive, {TAR_END} zero bytes, is not there",
@@ -249,16 +265,16 @@ class ShardCheck:
             )
             last = self.size if self.size > at + TAR_END else at
         if not self._unknown:
-            self._strangers(file, at, last)
+            self._strangers(at, last)
 
-    def _strangers(self, file: Any, start: int, stop: int) -> None:
+    def _strangers(self, start: int, stop: int) -> None:
         """One fault for each member in bytes that belong to no image; one where there is none."""
         at = start
         for _ in range(MAX_FAULTS):
             if at >= stop:
                 return
             try:
-                info = parse_header(_read(file, at, TAR_RECORD))
+                info = parse_header(self._read(at, min(at + TAR_RECORD, self.size)))
             except ValueError:
                 self.faults.add(
                     f"{stop - at} bytes belong to no image in {MANIFEST}", COPY_EITHER, offset=at
@@ -272,15 +288,33 @@ class ShardCheck:
             )
             at += TAR_RECORD + padded(max(info.size, 0))
 
+    def _read(
+        self, start: int, stop: int, is_right: Callable[[bytes], bool] | None = None
+    ) -> bytes:
+        """The bytes [start, stop), which are in the shard.
+
+        is_right: what came over a network and is not, is fetched once more, as blocks are.
+        """
+        (data,) = self._source.fetch(self._path, [(start, stop)])
+        if is_right is not None and not self._source.local and not is_right(data):
+            (data,) = self._source.fetch(self._path, [(start, stop)])
+        return data
+
 
 def _nothing(done: int) -> None:
     pass
 
 
-def _read(file: Any, start: int, size: int) -> bytes:
-    """Up to `size` bytes from `start`; fewer where the file ends."""
-    file.seek(start)
-    return bytes(file.read(size))
+def _at_once(entries: Sequence[BlockEntry]) -> Iterator[list[BlockEntry]]:
+    """`entries`, in order, in runs that take up to _AT_ONCE bytes; a larger one is a run alone."""
+    run: list[BlockEntry] = []
+    for entry in entries:
+        if run and entry.offset + entry.length - run[0].offset > _AT_ONCE:
+            yield run
+            run = []
+        run.append(entry)
+    if run:
+        yield run
 
 
 def _not(header: bytes, member: str, size: int | None) -> str | None:

@@ -18,7 +18,7 @@ from axialtrain.data.region import Shards
 from axialtrain.data.store import BlockEntry, Head
 from axialtrain.grid import tokens_across
 
-MOST_HEADS = 256  # that are looked at; as many as are kept
+MOST_HEADS = 256  # that are looked at
 MOST_BLOCKS = 4096
 _LABELS = 12  # classes of whole images that are listed for people
 

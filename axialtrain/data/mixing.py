@@ -68,6 +68,11 @@ class MixedShards:
         self.image_classes = _most([shards.image_classes for shards in sets])
 
     @property
+    def head_bytes_read(self) -> int:
+        """Of the heads of all sets."""
+        return sum(shards.head_bytes_read for shards in self.sets)
+
+    @property
     def kind(self) -> Kind:
         """Of all images' pixels; ValueError, naming two sets, where they are not of one kind."""
         kinds = [shards.kind for shards in self.sets]
@@ -146,7 +151,8 @@ def lacking(shards: Shards | MixedShards, what: str) -> str:
         without = [row.name for row in shards.images if getattr(row, key) is None]
         if len(without) in (0, len(shards.images)):
             return ""
-        return f" ({len(without)} of its {len(shards.images)} images have none: {without[0]!r} first)"
+        some = f"{len(without)} of its {len(shards.images)} images"
+        return f" ({some} have none: {without[0]!r} first)"
     have = {
         bool(getattr(one, what)): given.url
         for one, given in zip(shards.sets, shards.given, strict=True)

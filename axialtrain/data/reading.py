@@ -28,7 +28,14 @@ from fsspec.asyn import get_loop, sync
 from fsspec.implementations.local import LocalFileSystem
 
 from axialtrain.data.fetch import merge
-from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, place, status_of
+from axialtrain.data.passing import (
+    DeniedError,
+    UnreachableError,
+    is_passing,
+    place,
+    status_of,
+    without_secrets,
+)
 from axialtrain.data.range_cache import RangeCache, entry_name
 from axialtrain.data.synchronous import alike, ask_in_thread
 
@@ -301,7 +308,7 @@ class ByteSource:
                 size = size_in(await self._ask("info", path), path)
                 if size is not None and size < stop:
                     raise _LastingError(
-                        f"{path}: bytes {start} to {stop} belong to it, but it ends after {size}: "
+                        f"{place(path, start, stop)} belong to it, but it ends after {size}: "
                         "the shard was cut short"
                     )
                 raise ConnectionError(f"{len(data)} of the {stop - start} bytes came")
@@ -348,7 +355,7 @@ def size_in(info: dict[str, Any], path: str) -> int | None:
     """
     if info["type"] != "file":
         kind = info["type"] if info["type"] == "directory" else "pipe, device or the like"
-        raise ValueError(f"{path}: is a {kind}, allowed is a file")
+        raise ValueError(f"{without_secrets(path)}: is a {kind}, allowed is a file")
     size = info.get("size")
     return size if isinstance(size, int) else None
 

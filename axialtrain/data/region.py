@@ -21,6 +21,7 @@ from axialtrain.data.block import Block, index_at_end
 from axialtrain.data.codec import Instances, Pixels
 from axialtrain.data.damage import Damage
 from axialtrain.data.fetch import Fetch, fetch_for
+from axialtrain.data.kept_heads import KeptHeads
 from axialtrain.data.kinds import Kind, Raster
 from axialtrain.data.painting import Region, block_damage, painted
 from axialtrain.data.passing import DeniedError, UnreachableError, without_secrets
@@ -40,7 +41,6 @@ from axialtrain.grid import Rect
 
 TAIL = 1 << 13  # bytes at the end of a block that hold its index, unless rasters lie behind it
 TAILS = 1 << 24  # bytes of them that are fetched at once
-HEADS = 256  # heads kept in memory; a large slide's takes 1 to 4 MB
 
 
 def open_shards(url: str, read: ReadConfig | None = None) -> Shards:
@@ -94,7 +94,8 @@ class Shards:
     has_labels: whether every image has a label raster. classes: the largest label of all images
     + 1, 0 where all is unlabelled, None where no image has a raster. has_instances: whether every
     image has an instance raster. has_image_labels: whether every image has a class of its own.
-    image_classes: the largest of them + 1, None where no image has one.
+    image_classes: the largest of them + 1, None where no image has one. head_bytes_read: of the
+    heads that were fetched, which the bytes of no region count.
     """
 
     def __init__(
@@ -118,7 +119,8 @@ class Shards:
         self._source = ByteSource(fs, read)
         self._root = root
         self._rows = {row.name: row for row in manifest.images}
-        self._heads: dict[str, Head] = {}
+        self.head_bytes_read = 0
+        self._heads = KeptHeads()
         self._lock = threading.Lock()
 
     @property
@@ -149,10 +151,13 @@ class Shards:
         return self._rows[name]
 
     def head(self, name: str) -> Head:
-        """The head of the image `name`; fetched once, then kept."""
-        with self._lock:
-            if name in self._heads:
-                return self._heads[name]
+        """The head of the image `name`; fetched once, then kept.
+
+        Of very many images those that were asked for longest ago are fetched again (see
+        `KeptHeads`), and so is one that several threads want at the same time.
+        """
+        if (kept := self._heads.get(name)) is not None:
+            return kept
         row = self.row(name)
         path = self._path(name)
         stop = row.head_offset + row.head_length
@@ -169,9 +174,8 @@ class Shards:
             raise ValueError(f"{where}: is damaged (its SHA-256 is not the one in {MANIFEST})")
         head = Head.from_json(data, row, size, where)
         with self._lock:
-            while len(self._heads) >= HEADS:
-                self._heads.pop(next(iter(self._heads)))  # the oldest
-            self._heads[name] = head
+            self.head_bytes_read += len(data)
+        self._heads.put(head)
         return head
 
     def read(self, name: str, y: int, x: int, height: int, width: int, level: int = 0) -> Raster:

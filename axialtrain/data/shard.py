@@ -83,12 +83,18 @@ def check_out(out: str | Path, splits: Iterable[str] = (), scratch: Path | None 
     parts = _scratch(out, scratch)
     place = Destination(out, parts.folder)
     place.check()
-    if not parts.begun:
-        for name in (MANIFEST, RECORD, *(path_of(split, MANIFEST) for split in splits)):
-            if place.has(name):
-                raise ValueError(
-                    f"{out}: has a {name} already, allowed is a new or an empty folder"
-                )
+    if parts.begun:
+        return
+    found = [
+        name
+        for name in (MANIFEST, RECORD, *(path_of(split, MANIFEST) for split in splits))
+        if place.has(name)
+    ]
+    for split in dict.fromkeys(("", *splits)):
+        ours = parts.finished(split)  # of a run that is not known any more
+        found += [path_of(split, name) for name in place.shards(split) if name not in ours]
+    if found:
+        raise ValueError(f"{out}: has a {found[0]} already, allowed is a new or an empty folder")
 
 
 def _scratch(out: str | Path, scratch: Path | None) -> Scratch:
@@ -192,7 +198,8 @@ def make_shards(
     ValueError, naming the image, for one that fails.
     """
     parts = _scratch(out, scratch)
-    place = Destination(out, parts.folder)
+    kept = f"what is done is kept in {parts.folder}, go on with it by --resume" if keep else ""
+    place = Destination(out, parts.folder, kept)
     if jobs is None:
         much = sum(job.blocks for job in work.inputs) > _FEW
         jobs = len(os.sched_getaffinity(0)) if much else 1
@@ -211,6 +218,12 @@ def make_shards(
                 f"{parts.folder}: holds no unfinished work, allowed to go on with (--resume) is a "
                 "run that was ended"
             )
+        try:
+            ends.enter_context(place.held())
+        except ValueError:
+            if not parts.begun:
+                parts.remove()  # nothing is in it
+            raise
         parts.begin({"out": place.url, **_wanted(work, how)})
         if not keep:
             ends.callback(parts.remove)

@@ -31,7 +31,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="files, quoted globs (** goes into folders), or one table with a header: image, and "
         "any of label (a class or a path), instances, group, split, mpp",
     )
-    parser.add_argument("--out", required=True, metavar="DIR|URL", help="a new or an empty folder")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR|URL",
+        help="a new or an empty folder; one process at a time works there, at a URL as far as its "
+        "file shard.lock can tell",
+    )
     what = parser.add_argument_group("labels")
     what.add_argument(
         "--labels",
@@ -163,12 +169,15 @@ def shard(parsed: argparse.Namespace) -> int:
     shares = _pairs("split", parsed.split, float)
     check_shares(shares)
     classes = _pairs("classes", parsed.classes, int)
+    _check_together(parsed)
     if parsed.jobs is not None and parsed.jobs < 1:
         raise ValueError(f"jobs is {parsed.jobs}, allowed is at least 1")
     check_out(parsed.out, shares, parsed.scratch)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    entries = _entries(parsed)
+    _check_polygons(parsed, entries)
     work = prepare(
-        _entries(parsed),
+        entries,
         how,
         classes=classes or None,
         shares=shares or None,
@@ -201,6 +210,33 @@ def shard(parsed: argparse.Namespace) -> int:
         print(f"{count} read with {reader}: {why}")
     print(f"written beside the shards: {', '.join(names)}, pictures/")
     return 0
+
+
+def _check_together(parsed: argparse.Namespace) -> None:
+    """ValueError for an option that would do nothing without another."""
+    for key, given, other, there in (
+        ("share", parsed.share != 0, "keep nodata or tissue", parsed.keep != "all"),
+        ("quality", parsed.quality != 90, "encode jpeg", parsed.encode == "jpeg"),
+        ("seed", parsed.seed != 0, "split", bool(parsed.split)),
+    ):
+        if given and not there:
+            value = getattr(parsed, key)
+            raise ValueError(f"{key} is {value}, allowed is only together with {other}")
+
+
+def _check_polygons(parsed: argparse.Namespace, entries: Sequence[Entry]) -> None:
+    """ValueError for what only polygons have, where no image has labels of them."""
+    from axialtrain.data.rasters import POLYGONS
+
+    labels = [entry.labels for entry in entries if entry.labels is not None]
+    if any(Path(path).suffix.lower() in POLYGONS for path in labels):
+        return
+    for key, given in (("classes", parsed.classes or None), ("background", parsed.background)):
+        if given is not None:
+            raise ValueError(
+                f"{key} is {given}, allowed is only together with labels that are polygons "
+                f"({' or '.join(POLYGONS)})"
+            )
 
 
 def _entries(parsed: argparse.Namespace) -> Sequence[Entry]:

@@ -100,6 +100,10 @@ def kind(info: tarfile.TarInfo) -> str:
 def is_sound(header: bytes) -> bool:
     """Whether a header is the one that its fields make, in every byte.
 
-    Its own sum does not cover all of its bits: not the end of the sum, for one.
+    Its own sum does not cover all of its bits: not the end of the sum, for one. A header may hold
+    what ustar cannot, such as an owner's number in base 256; those of ours do not.
     """
-    return parse_header(header).tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") == header
+    try:
+        return parse_header(header).tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") == header
+    except ValueError:
+        return False

@@ -1,7 +1,8 @@
 """Whether shards are whole: every byte accounted for, every checksum right.
 
 Shards are checked by threads, several at once: reading, checksums and decoding release the
-interpreter's lock, and a thread that ends leaves nothing behind. A thread has one block in memory.
+interpreter's lock, and a thread that ends leaves nothing behind. A thread has one block in memory,
+or 16 MiB of them over a network.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from tqdm import tqdm
 
 from axialtrain.data.check_shard import ShardCheck
 from axialtrain.data.faults import COPY_EITHER, Fault, Faults
+from axialtrain.data.passing import is_passing
+from axialtrain.data.reading import ByteSource, ReadConfig
 from axialtrain.data.region import read_manifest
 from axialtrain.data.store import MANIFEST, ImageRow, Manifest, is_shard_name
 from axialtrain.data.whole import replacing
 
 MODES = ("quick", "full", "deep")
 VERSION = 1  # of the record
+READ = ReadConfig(requests=32)  # quick asks for many headers, of which each is small
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,31 @@ class _Set:
         rows: dict[str, list[ImageRow]] = {}
         for row in read.images:
             rows.setdefault(row.shard, []).append(row)
+        source = ByteSource(fs, READ)
         for shard in rows:
-            self.checks.append(ShardCheck(fs, root, Faults(url, shard), rows[shard], mode))
-        for name in _shards_in(fs, root):
+            self.checks.append(ShardCheck(source, root, Faults(url, shard), rows[shard], mode))
+        for name in self._shards_in(fs, root):
             if name not in rows:
                 stray = Faults(url, name)
                 stray.add(f"is in no row of {MANIFEST}", COPY_EITHER)
                 self._strays.append(stray)
+
+    def _shards_in(self, fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+        """The names of the shards in the folder; none where it cannot be listed, as on the web."""
+        if "http" in fs.protocol:
+            return []
+        try:
+            names = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
+        except Exception as error:  # a store has errors of its own
+            if not (isinstance(error, OSError) or is_passing(error)):
+                raise
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            self.whole.add(
+                f"cannot be listed ({what}), so shards of no row were not looked for",
+                "see that it can be listed, and verify again",
+            )
+            return []
+        return sorted(name for name in names if is_shard_name(name))
 
     def report(self) -> SetReport:
         parts = [check.faults for check in self.checks] + self._strays + [self.whole]
@@ -172,14 +194,6 @@ class _Set:
             tuple(fault for part in parts for fault in part.kept),
             sum(part.count for part in parts),
         )
-
-
-def _shards_in(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
-    """The names of the shards in a folder; none where it cannot be listed, as on the web."""
-    if "http" in fs.protocol:
-        return []
-    names = (str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))
-    return sorted(name for name in names if is_shard_name(name))
 
 
 def _run(checks: list[ShardCheck], jobs: int, progress: bool) -> None:

@@ -300,6 +300,7 @@ def reading(run: Run) -> list[dict[str, int]]:
         **run.mesh.coordinates,
         "bytes_read": sum(loader.bytes_read for loader in loaders),
         "tiles_decoded": sum(loader.tiles_decoded for loader in loaders),
+        "head_bytes_read": sum(loader.shards.head_bytes_read for loader in loaders),
     }
     return gather_objects(mine, run.mesh.world)
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import pickle
+import re
 import shutil
 import ssl
 import time
@@ -28,7 +29,7 @@ from yarl import URL
 
 from axialtrain.data import reading
 from axialtrain.data.passing import DeniedError, UnreachableError, is_passing, without_secrets
-from axialtrain.data.reading import ByteSource, ReadConfig, Span, wait_before
+from axialtrain.data.reading import ByteSource, ReadConfig, Span, size_in, wait_before
 from axialtrain.data.region import Shards, open_shards
 from axialtrain.grid import Rect
 
@@ -400,3 +401,5 @@ def test_secrets_of_a_url_are_not_told() -> None:
     ):
         assert without_secrets(path) == shown
         assert str(UnreachableError(path, 1, 2, 3, "no")).startswith(f"{shown}: bytes 1 to 2: ")
+        with pytest.raises(ValueError, match=f"^{re.escape(shown)}: is a directory, allowed is a"):
+            size_in({"type": "directory"}, path)

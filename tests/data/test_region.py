@@ -312,7 +312,7 @@ def test_no_memory_is_left_as_it_was(
     head = shards.head("a")
     if not told:
         blocks = tuple(replace(entry, empty=()) for entry in head.blocks)
-        shards._heads["a"] = replace(head, blocks=blocks)
+        shards._heads.put(replace(head, blocks=blocks))
     top, left = data.draw(st.integers(0, 199)), data.draw(st.integers(0, 249))
     bottom, right = data.draw(st.integers(top + 1, 200)), data.draw(st.integers(left + 1, 250))
     rect = Rect(top, bottom, left, right)

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
+import numpy as np
 import pytest
+import tifffile
 import torch
 from s3_server import Server, s3_server
 
 from axialtrain.data.batch import Batch
 from axialtrain.data.config import DataConfig
+from axialtrain.data.destination import LOCK
+from axialtrain.data.listing import entries_of
 from axialtrain.data.loader import Loader
 from axialtrain.data.passing import UnreachableError
 from axialtrain.data.reading import ReadConfig
 from axialtrain.data.region import open_shards
+from axialtrain.data.shard import make_shards, prepare
+from axialtrain.data.sharding import Sharding
+from axialtrain.data.verify import verify
 
 if TYPE_CHECKING:
     from conftest import Source
@@ -95,3 +102,22 @@ def test_a_server_that_goes_away(server: Server) -> None:
 def test_a_bucket_that_is_not_there_is_no_passing_fault(server: Server) -> None:
     with pytest.raises(ValueError, match=r"^s3://none/shards: no shards here"):
         open_shards("s3://none/shards", ReadConfig(retries=3, backoff=60.0))
+
+
+def test_one_process_at_a_time_shards_to_a_bucket(server: Server, tmp_path: Path) -> None:
+    image, out = tmp_path / "a.tif", "s3://bucket/made"
+    tifffile.imwrite(image, np.full((40, 50, 3), 7, np.uint8), tile=(16, 16), photometric="rgb")
+    how = Sharding()
+    work = prepare(entries_of([image]), how)
+    store = fsspec.filesystem("s3")
+    store.pipe_file(f"bucket/made/{LOCK}", b"the process elsewhere\n")
+    with pytest.raises(ValueError, match="the process elsewhere works here, allowed is one at a"):
+        make_shards(work, out, how, scratch=tmp_path / "scratch", progress=False)
+    store.rm_file(f"bucket/made/{LOCK}")
+    make_shards(work, out, how, scratch=tmp_path / "scratch", progress=False)
+    store.invalidate_cache()
+    assert not store.exists(f"bucket/made/{LOCK}")
+    assert verify([out], mode="deep", progress=False).count == 0
+    nowhere = "s3://no-such-bucket/made"
+    with pytest.raises(ValueError, match=f"{nowhere}: cannot be written to"):
+        make_shards(work, nowhere, how, scratch=tmp_path / "other", progress=False)
