@@ -12,6 +12,7 @@ import pytest
 from repository import REPOSITORY
 
 from axialtrain.data.scene import draw_scenes
+from axialtrain.train.compose import compose_run
 
 INSTALLING = ("./launch/",)
 
@@ -23,10 +24,32 @@ def commands() -> list[str]:
     return [line for line in lines if not line.startswith(INSTALLING)]
 
 
+def own_experiment() -> str:
+    (text,) = re.findall(
+        r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
+    )
+    return text
+
+
+def test_an_experiment_of_ones_own_begins_with_one_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(own_experiment())
+    own = ["hydra.searchpath=[conf]", "experiment=mine"]
+    config, *_ = compose_run(own)
+    assert (config.name, config.zero.stage, config.model.depth) == ("mine", 2, 3)
+    assert (config.model.patch, config.task.cells) == (32, 4)  # the quickstart's
+    with pytest.raises(ValueError, match=r"unknown key model\.deep: allowed are"):
+        compose_run([*own, "model.deep=3"])
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme(tmp_path):
     image, *_ = draw_scenes(tmp_path, count=1, size=1024, seed=5)[0]
     image.rename(tmp_path / "slide.tif")
+    mine = tmp_path / "conf" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(own_experiment())
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "WANDB_MODE": "offline",

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from axialtrain.bench.record import new_file, write_json
+from axialtrain.bench.record import new_file, written
 
 MODES = {
     "none": ["checkpoint.every=0"],
@@ -57,15 +57,14 @@ def bench_checkpoint(overrides: Sequence[str], out: Path, *, every: int) -> str:
         "bytes": size,
         "results": results,
     }
-    write_json(out, record)
     lines = [f"{'saving':<13}{'step s':>9}{'stall s':>9}{'largest':>9}{'saves':>7}{'share':>8}"]
     for mode, result in results.items():
         lines.append(
             f"{mode:<13}{result['step_s']:>9.3f}{result['stall_s']:>9.3f}"
             f"{result['largest_stall_s']:>9.3f}{result['saves']:>7}{result['share']:>8.1%}"
         )
-    lines.append(f"a checkpoint: {size / 1e6:.1f} MB; written: {out}")
-    return "\n".join(lines)
+    lines.append(f"a checkpoint: {size / 1e6:.1f} MB")
+    return written(out, record, "\n".join(lines))
 
 
 def _measured(run: Path, every: int) -> dict[str, Any]:

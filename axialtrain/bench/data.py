@@ -27,7 +27,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from axialtrain.bench.record import new_file, write_json
+from axialtrain.bench.record import new_file, written
 from axialtrain.bench.shard import DRAWN, write_scene
 from axialtrain.bench.timing import ratio
 from axialtrain.data.codec import memory_for
@@ -96,8 +96,7 @@ def bench_data(out: Path, *, slide: Path | None, side: int, rounds: int, steps: 
         "over_read": over,
         "waiting": waiting,
     }
-    write_json(out, record)
-    return "\n".join([*_table(reading, over, waiting), f"written: {out}"])
+    return written(out, record, "\n".join(_table(reading, over, waiting)))
 
 
 def _table(

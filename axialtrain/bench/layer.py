@@ -80,8 +80,8 @@ def missing(setting: Setting) -> list[str]:
     if find_spec(PACKAGE):
         return []
     return [
-        "the package `axial-attention`, which is not installed here (`pip install "
-        "axialtrain[bench]`); ours stand alone"
+        "the package `axial-attention`, which is not here: install the extra bench "
+        "(launch/install.sh bench); ours stand alone"
     ]
 
 

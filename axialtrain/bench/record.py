@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from axialtrain.data.whole import replacing
+from axialtrain.data.whole import check_place, replacing
 
 HEAD = ("case", "measured", "is", "goal", "met", "beside")
+_WITHOUT_GOALS = (0, 1, 2, 5)  # of these
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,17 @@ class Record:
                 row["met"] = self.goals[result.goal].met(result.value)
         return whole
 
-    def markdown(self) -> str:
-        """The table, then what it does not hold."""
-        rows = [HEAD]
+    def markdown(self, *, goals: bool = True) -> str:
+        """The table, then what it does not hold. goals: whether it sets results beside them, which
+        are for the sizes of a run without --quick."""
+        rows: list[tuple[str, ...]] = [HEAD]
         for one in self.results:
             goal = None if one.goal is None else self.goals[one.goal]
             met = "" if goal is None else "yes" if goal.met(one.value) else "**no**"
             says = "" if goal is None else str(goal)
             rows.append((one.case, one.what, shown(one.value), says, met, one.beside))
+        if not goals:
+            rows = [tuple(row[at] for at in _WITHOUT_GOALS) for row in rows]
         lines = [aligned(rows)]
         if self.left_out:
             lines.append(f"\nNot measured, as time was up: {'; '.join(self.left_out)}.")
@@ -188,11 +192,12 @@ def _cpu() -> str:
 def new_file(out: Path) -> Path:
     """The folder beside `out` that a measurement may work in, which is not there yet.
 
-    Raises ValueError where it is, or `out` is no new JSON file.
+    Raises ValueError where it is, or `out` is no new JSON file, or none can be written there.
     """
     folder = out.with_suffix("")
     if out.suffix != ".json" or out.exists() or folder.exists():
         raise ValueError(f"--out {out}: allowed is a new file, NAME.json, with no folder NAME")
+    check_place(out, f"--out {out}")
     return folder
 
 
@@ -200,3 +205,17 @@ def write_json(path: Path, record: Mapping[str, Any] | list[Any]) -> None:
     """The file appears whole."""
     with replacing(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def written(out: Path, record: Mapping[str, Any], table: str) -> str:
+    """Write the record; returns the table, and where the record is.
+
+    Where it cannot be written any more, the table is printed: what was measured took its time.
+    Raises OSError, naming `out`.
+    """
+    try:
+        write_json(out, record)
+    except OSError as error:
+        print(table, flush=True)
+        raise OSError(f"--out {out}: cannot be written: {error}") from error
+    return f"{table}\nwritten: {out}"

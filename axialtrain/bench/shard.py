@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from axialtrain.bench.record import new_file, write_json
+from axialtrain.bench.record import new_file, written
 from axialtrain.data.codec import Pixels
 from axialtrain.data.scene import TILE, draw_scene
 
@@ -79,15 +79,13 @@ def bench_shard(out: Path, *, side: int, jobs: int) -> str:
             for way, result in results.items()
         },
     }
-    write_json(out, record)
     lines = [f"{'way':<22}{'s':>8}{'Mpx/s':>9}{'MiB':>8}{'over copied':>13}"]
     for way, result in results.items():
         lines.append(
             f"{way:<22}{result['seconds']:>8.1f}{side**2 / 1e6 / result['seconds']:>9.0f}"
             f"{result['bytes'] / 2**20:>8.0f}{result['seconds'] / base:>13.2f}"
         )
-    lines.append(f"written: {out}")
-    return "\n".join(lines)
+    return written(out, record, "\n".join(lines))
 
 
 def _measured(folder: Path, image: Path, options: list[str], jobs: int) -> dict[str, Any]:

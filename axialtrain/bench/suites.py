@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from axialtrain.bench import attention, complexity, exchange_ranks, layer, memory, step
-from axialtrain.bench.record import Goal, Record, Result, machine, new_file, write_json
+from axialtrain.bench.record import Goal, Record, Result, machine, new_file, write_json, written
 from axialtrain.bench.setting import Case, Setting
 from axialtrain.data.whole import replacing
 
@@ -101,7 +101,7 @@ def bench_suite(
     check_minutes(minutes)
     out.parent.mkdir(parents=True, exist_ok=True)
     record = measured(name, setting, command, only=only, minutes=minutes)
-    return write(record, out), not record.failed
+    return write(record, out, goals=not setting.quick), not record.failed
 
 
 def check_minutes(minutes: float) -> None:
@@ -152,13 +152,14 @@ def measured(
     )
 
 
-def write(record: Record, out: Path) -> str:
-    """The record and its picture. Returns the table."""
-    write_json(out, record.as_dict())
+def write(record: Record, out: Path, *, goals: bool) -> str:
+    """The record and its picture. Returns the table; errors and goals as `written` and `markdown`
+    have them."""
+    text = written(out, record.as_dict(), record.markdown(goals=goals))
     draw = SUITES[record.suite].draw
     if draw is not None:
         draw(record.results, out.with_suffix(".png"))
-    return f"{record.markdown()}\nwritten: {out}"
+    return text
 
 
 def bench_all(
@@ -185,6 +186,8 @@ def bench_all(
     out.mkdir(parents=True)
     until = time.monotonic() + 60 * minutes
     lines = [f"# Measured on {date.today().isoformat()}"]
+    if setting.quick:
+        lines.append("\nOn small sizes (--quick), to see that all runs: goals are for larger ones.")
     records: dict[str, object] = {}
     well = True
     for number, name in enumerate(names):
@@ -195,10 +198,12 @@ def bench_all(
         else:
             left = max((until - time.monotonic()) / 60, 0) / (len(names) - number)
             record = measured(name, setting, command(name), minutes=left)
-            write(record, file)
+            write(record, file, goals=not setting.quick)
             records[name] = record.as_dict()
             well = well and not record.failed
-            lines.append(f"\n## {name}\n\n{record.about}:\n\n{record.markdown()}")
+            lines.append(
+                f"\n## {name}\n\n{record.about}:\n\n{record.markdown(goals=not setting.quick)}"
+            )
         write_json(out / "all.json", {"date": date.today().isoformat(), "suites": records})
         with replacing(out / "all.md") as table:
             table.write(("\n".join(lines) + "\n").encode())

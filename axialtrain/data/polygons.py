@@ -116,7 +116,7 @@ class PolygonLabels:
         except ImportError as error:
             raise ValueError(
                 f"{path}: polygons need rasterio, which is not installed here ({error}): "
-                "pip install 'axialtrain[geo]'"
+                "install the extra geo (launch/install.sh geo)"
             ) from error
         self._burned = burned
         document = read_document(path)

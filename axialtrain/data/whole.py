@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_place(path: Path, what: str) -> None:
+    """ValueError, beginning with `what`, unless a file can be made where `path` is to be, or is to
+    be replaced; by trying it, in the folder or the nearest above it that is there."""
+    above = next(one for one in path.absolute().parents if one.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what}: no file can be written there ({error})") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 from axialtrain.data.sets import sets_of
+from axialtrain.data.whole import check_place
 from axialtrain.launch.doctor_arguments import TIMEOUT
 from axialtrain.launch.errors import own_rank
 from axialtrain.launch.examine import Plan, examine
@@ -29,6 +30,8 @@ def doctor(parsed: argparse.Namespace) -> int:
     """
     if parsed.json is not None and not parsed.json.absolute().parent.is_dir():
         raise ValueError(f"json is {parsed.json}, allowed is a file in a folder that is there")
+    if parsed.json is not None:
+        check_place(parsed.json, f"json is {parsed.json}")
     if not 0.5 <= parsed.timeout <= 3600:
         raise ValueError(f"timeout is {parsed.timeout:g}, allowed are seconds from 0.5 to 3600")
     started = processes_of_outer_launcher()

@@ -51,7 +51,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--image", default="axialtrain:latest", help="of the pods; default %(default)s"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, metavar="FILE", help="write it there, do not print it")
+    where.add_argument(
+        "--out", type=Path, metavar="FILE", help="write it to a new file, do not print it"
+    )
     where.add_argument(
         "--submit", action="store_true", help="hand it to sbatch or kubectl, or start it here"
     )
@@ -75,6 +77,8 @@ def launch(parsed: argparse.Namespace) -> int:
         image=parsed.image,
     )
     text = filled(parsed.launcher, run)
+    if parsed.out is not None:
+        _refuse_other(parsed.out, text)
     if warning is not None:
         print(f"axialtrain: {warning}", file=sys.stderr)
     if parsed.submit:
@@ -194,6 +198,17 @@ def submit(launcher: str, text: str) -> int:
         sys.stdout.flush()
         os.execvp("bash", ["bash", "-c", text, FILES[launcher]])
     return subprocess.run(command, input=text, text=True, check=False).returncode
+
+
+def _refuse_other(out: Path, text: str) -> None:
+    """Raise ValueError where `out` is there and is not what would be written."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not out.is_file() or out.read_bytes() != text.encode():
+        raise ValueError(
+            f"--out {out}: is there already, and is another: allowed is a new file, or one with "
+            "the same content"
+        )
 
 
 def _run_folder(folder: Path, overrides: Sequence[str]) -> list[str]:

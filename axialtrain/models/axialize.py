@@ -1,6 +1,6 @@
 """timm's vision transformers become axial, in place, their weights kept.
 
-Needs the extra: `pip install axialtrain[timm]`.
+Needs the extra timm.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"the head reads {needed} prefix token(s), and model.prefix_tokens="
                 f"{config.prefix_tokens}: allowed are numbers from {needed}"
+                + ", or task.pool=mean, which reads none"
+                * (not distilled)
             )
         self.backbone = backbone
         self.pool = pool

@@ -1,6 +1,6 @@
 """Which of timm's models `axialize` takes, and those of timm's hub.
 
-Needs the extra: `pip install axialtrain[timm]`.
+Needs the extra timm.
 """
 
 from __future__ import annotations

@@ -42,9 +42,15 @@ def read_timm(source: str, where: str) -> dict[str, Tensor]:
     if source.startswith("timm:"):
         try:
             from axialtrain.models.timm_models import pretrained
-        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        except ModuleNotFoundError as error:
             raise ValueError(
-                f"{where}: needs timm: pip install 'axialtrain[timm]' ({error})"
+                f"{where}: needs timm: install the extra timm (launch/install.sh timm) ({error})"
+            ) from error
+        except (ImportError, RuntimeError) as error:  # timm is there, and imports torchvision
+            raise ValueError(
+                f"{where}: timm cannot be imported ({error}): mostly a torchvision that was not "
+                f"built for torch {torch.__version__}: install both from one index, in the "
+                "versions of constraints.txt"
             ) from error
         return pretrained(source.removeprefix("timm:"), where)
     path = Path(source)

@@ -16,6 +16,8 @@ from axialtrain.train import checkpoint
 from axialtrain.train.start import NAMES
 from axialtrain.train.storage import Folder
 
+PIXELS = ("mean", "std", "bands")  # of the group data: how pixels became numbers
+
 
 def export(where: str, out: Path, *, names: str = "axialtrain", best: bool = False) -> str:
     """Write the weights of a run's last checkpoint, or of one checkpoint, to `out`, as safetensors.
@@ -26,7 +28,8 @@ def export(where: str, out: Path, *, names: str = "axialtrain", best: bool = Fal
     best: the checkpoint that was best in validation instead of the last.
 
     The file's metadata say whose names it has, the step, and as JSON the configs of model and task,
-    from which `init` knows what it is of. It has its name when all of it is there.
+    from which `init` knows what it is of, and how pixels became numbers. It has its name when all
+    of it is there.
     Returns what there is to say, the last line about the file.
     Raises ValueError where there is no such checkpoint, or `out` is there already or no name of a
     safetensors file; OSError where it cannot be written.
@@ -49,12 +52,18 @@ def export(where: str, out: Path, *, names: str = "axialtrain", best: bool = Fal
         "model": json.dumps(asdict(config)),
         "task": json.dumps(_flat(saved.state.get("task"))),
     }
+    data = saved.state.get("data")
+    if isinstance(data, Mapping) and all(key in data for key in PIXELS):
+        metadata["data"] = json.dumps({key: data[key] for key in PIXELS})
     # safetensors takes no two views of one memory, which timm's tokens are.
     state = {name: value.clone().contiguous() for name, value in state.items()}
     content = save(state, metadata=metadata)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_existing(out)
-    Folder(out.parent).write(out.name, content)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_existing(out)
+        Folder(out.parent).write(out.name, content)
+    except OSError as error:  # a full disk's does not name the file
+        raise OSError(f"--out {out}: cannot be written: {error}") from error
     said.append(
         f"{saved.where}, step {saved.step}: {len(state)} tensors, "
         f"{sum(value.nbytes for value in state.values())} bytes, {names} names, in {out}"

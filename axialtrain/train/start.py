@@ -54,14 +54,14 @@ def start_of(
                 f"{where}: no such file: allowed are a file of weights, a run or checkpoint, and "
                 "timm:NAME"
             )
-        said = _metadata(config.init)
+        said = metadata_of(config.init)
         if said is None:
             of_timm(config.model, where)  # before anything is fetched
         state = read_timm(config.init, where)
         if said is None:
             return matching(model, from_timm(state, config.model, where), where)
         names = said["names"]
-        of_model, of_task = (_json(said.get(key, "null"), where) for key in ("model", "task"))
+        of_model, of_task = (json_of(said.get(key, "null"), where) for key in ("model", "task"))
     own = described(of_model, where)
     if names == "timm":
         state = from_timm_names(state, own, where)
@@ -90,7 +90,7 @@ def _newest(init: str, where: str, *, verify: bool = True) -> checkpoint.Saved:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _metadata(init: str) -> dict[str, str] | None:
+def metadata_of(init: str) -> dict[str, str] | None:
     """What `axialtrain export` wrote beside the tensors; None for a file of anybody else."""
     if not init.endswith(".safetensors"):
         return None
@@ -102,10 +102,14 @@ def _metadata(init: str) -> dict[str, str] | None:
     return said if {"names", "model"} <= said.keys() else None
 
 
-def _json(text: str, where: str) -> Any:
+def json_of(text: str, where: str, largest: int = LARGEST_JSON) -> Any:
+    """What a file says of its model. largest: characters that are read.
+
+    Raises ValueError, naming `where`, where it is not JSON.
+    """
     try:
-        if len(text) > LARGEST_JSON:
-            raise ValueError(f"{len(text)} characters, allowed are {LARGEST_JSON}")
+        if len(text) > largest:
+            raise ValueError(f"{len(text)} characters, allowed are {largest}")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: does not describe its model: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from axialtrain.bench.record import (
     new_file,
     shown,
     write_json,
+    written,
 )
 
 CPU = torch.device("cpu")
@@ -95,6 +97,33 @@ def test_only_a_new_file_with_room_beside_it(tmp_path):
     for name in ("there.json", "folder.json", "new.txt"):
         with pytest.raises(ValueError, match=r"--out .*: allowed is a new file, NAME\.json"):
             new_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "{tmp}/file", "{tmp}/file/below"])
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*new\.json: no file can be written there \("):
+        new_file(Path(folder.format(tmp=tmp_path)) / "new.json")
+    new_file(tmp_path / "folder" / "below" / "new.json")  # which can be made
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_any_more_is_printed(tmp_path, capsys):
+    assert written(tmp_path / "a.json", {"a": 1}, "table") == f"table\nwritten: {tmp_path}/a.json"
+    with pytest.raises(OSError, match=r"^--out .*gone/a\.json: cannot be written: .*No such file"):
+        written(tmp_path / "gone" / "a.json", {"a": 1}, "table")
+    assert capsys.readouterr().out == "table\n"
+
+
+def test_without_goals_nothing_is_said_of_them():
+    rows = [line.split("|") for line in record().markdown(goals=False).splitlines()]
+    assert [cell.strip() for cell in rows[0]] == ["", "case", "measured", "is", "beside", ""]
+    assert [cell.strip() for cell in rows[2]][2:5] == [
+        "of the formula",
+        "0.45",
+        "1 ms against 2 ms",
+    ]
+    assert {len(row) for row in rows} >= {6}
 
 
 def test_a_part_of_a_page_is_replaced_and_nothing_else(tmp_path):

@@ -50,6 +50,43 @@ def test_the_help_names_what_there_is():
     assert {name for name, suite in suites.SUITES.items() if suite.on_gpu} == set(arguments.ON_GPU)
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """A suite of one case, which takes no time and misses its goal."""
+    goals = {"most": Goal(0.5)}
+    case = Case("a", lambda: [Result("a", "of b", 0.9, "most")])
+    suite = suites.Suite(goals, lambda setting: [case])
+    monkeypatch.setitem(suites.SUITES, "step", suite)
+    return suite
+
+
+@pytest.mark.parametrize(("sizes", "said"), [(["--quick"], False), ([], True)])
+def test_goals_are_for_the_sizes_that_they_were_set_for(tmp_path, capsys, tiny, sizes, said):
+    words = ["--device", "cpu", *sizes, "--out"]
+    assert main(["bench", "step", *words, str(tmp_path / "a.json")]) == 0
+    assert ("**no**" in capsys.readouterr().out) == said
+    assert main(["bench", "all", "--suites", "step", *words, str(tmp_path / "all")]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "all" / "all.md").read_text().strip() in out
+    assert (("**no**" in out), ("goals are for larger ones" in out)) == (said, not said)
+
+
+def test_a_disk_that_fills_meanwhile_leaves_the_table(tmp_path, monkeypatch, capsys, tiny):
+    def full(handle):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    words = ["bench", "step", "--device", "cpu", "--out"]
+    assert main([*words, str(tmp_path / "a.json")]) == 2
+    said = capsys.readouterr()
+    assert "| a " in said.out
+    assert f"--out {tmp_path}/a.json: cannot be written: No space" in said.err
+    assert main([*words, "/proc/a.json"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--out /proc/a.json: no file can be written there" in said.err
+
+
 @pytest.mark.slow
 def test_attention(tmp_path, capsys):
     record = run("attention", tmp_path)

@@ -454,7 +454,7 @@ def test_h5py_that_is_absent_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "axialtrain.data.readers.hdf5")
     write = tmp_path / "a.h5"
     write.write_bytes(b"\x89HDF\r\n\x1a\n")
-    with pytest.raises(ValueError, match=r"pip install 'axialtrain\[features\]'"):
+    with pytest.raises(ValueError, match=r"the extra features \(launch/install\.sh features\)"):
         open_image(write)
     np.savez(tmp_path / "a.npz", coords=COORDS, features=VECTORS)
     with open_image(tmp_path / "a.npz") as image:  # which needs none

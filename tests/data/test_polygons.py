@@ -324,6 +324,6 @@ def test_without_rasterio_the_extra_is_named(
     monkeypatch.delitem(sys.modules, "axialtrain.data.readers.geo", raising=False)
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(
-        ValueError, match=r"polygons need rasterio, .*pip install 'axialtrain\[geo\]'"
+        ValueError, match=r"polygons need rasterio, .*extra geo \(launch/install\.sh geo\)"
     ):
         read(write(tmp_path, feature([SQUARE], {"class": 1})))

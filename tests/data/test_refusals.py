@@ -37,7 +37,9 @@ def test_library_that_is_missing_is_named(
     modules = {"openslide": "slide", "rasterio": "geo", "zarr": "ome_zarr"}
     monkeypatch.setitem(sys.modules, reader, None)
     monkeypatch.delitem(sys.modules, f"axialtrain.data.readers.{modules[reader]}", raising=False)
-    message = rf"a\.tif: {reader} is not installed .*pip install 'axialtrain\[{extra}\]'"
+    message = (
+        rf"a\.tif: {reader} is not installed .*the extra {extra} \(launch/install\.sh {extra}\)"
+    )
     with pytest.raises(ValueError, match=message):
         open_image(path, reader=reader)
     if reader == "rasterio":

@@ -227,6 +227,8 @@ def test_a_store_of_an_unknown_kind(doctor: Doctor) -> None:
         (["mesh.data=0"], "mesh.data=0: allowed are whole numbers from 1"),
         (["--timeout", "0"], "timeout is 0, allowed are seconds from 0.5 to 3600"),
         (["--json", "gone/doctor.json"], "json is gone/doctor.json, allowed is a file in a folder"),
+        (["--json", "/proc/a.json"], "json is /proc/a.json: no file can be written there ("),
+        (["--json", "/tmp"], "json is /tmp: no file can be written there (it is a folder)"),
     ],
 )
 def test_what_cannot_be_asked(

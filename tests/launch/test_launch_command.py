@@ -58,6 +58,19 @@ def test_what_is_written_is_for_its_owner_alone(tmp_path):
         assert (tmp_path / launcher).stat().st_mode & 0o777 == mode
 
 
+def test_another_file_is_not_written_over(tmp_path, capsys):
+    out, given = tmp_path / "run.sh", ("mesh=2x2", "hydra.run.dir=runs/mine")
+    assert launch("--out", str(out), *given) == 0
+    written = out.read_bytes()
+    assert launch("--out", str(out), *given) == 0  # the same once more
+    out.write_bytes(written + b"# mine\n")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("run.sh", "link"):
+        assert launch("--out", str(tmp_path / name), *given) == 2
+        assert f"--out {tmp_path / name}: is there already" in capsys.readouterr().err
+    assert out.read_bytes() == written + b"# mine\n"
+
+
 def test_columns_across_nodes_are_warned_of():
     warning = check_placement(MeshConfig(row=1, col=4), 2, 2)
     assert warning is not None

@@ -172,8 +172,10 @@ def test_an_unknown_pool_is_refused():
 
 def test_the_prefix_pool_needs_a_prefix_token():
     message = r"reads 1 prefix token\(s\), and model\.prefix_tokens=0: allowed are numbers from 1"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message + r", or task\.pool=mean, which reads none$"):
         Classifier(backbone(), CLASSES, "prefix")
+    with pytest.raises(ValueError, match=r"allowed are numbers from 2$"):
+        Classifier(backbone(), CLASSES, "prefix", distilled=True)
 
 
 def test_an_attention_pool_has_whole_heads():

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import sys
 
 import pytest
 
@@ -403,3 +404,24 @@ def test_weights_of_an_axialized_model_are_refused():
 def refused(state, message, **options):
     with pytest.raises(ValueError, match=rf"^init=FILE: .*{message}"):
         loaded(ours("deit", **options), state)
+
+
+def test_without_timm_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "axialtrain.models.timm_models")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = r"^init=a: needs timm: install the extra timm \(launch/install\.sh timm\)"
+    with pytest.raises(ValueError, match=message):
+        read_timm("timm:vit_tiny_patch16_224", "init=a")
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ImportError"])
+def test_with_a_torchvision_of_another_torch_it_is_no_package_that_is_missing(
+    monkeypatch, tmp_path, error
+):
+    (tmp_path / "timm.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "axialtrain.models.timm_models")
+    monkeypatch.delitem(sys.modules, "timm")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"^init=a: timm cannot be imported \(operator .*a torchvision that was not built for"
+    with pytest.raises(ValueError, match=message):
+        read_timm("timm:vit_tiny_patch16_224", "init=a")

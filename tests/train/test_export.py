@@ -138,8 +138,11 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     config = a_run()
     where = run(config, a_model(config))
     monkeypatch.setattr("os.fsync", full)
-    assert main(["export", where, "--out", str(tmp_path / "a.safetensors")]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    out = tmp_path / "a.safetensors"
+    assert main(["export", where, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"--out {out}: cannot be written: " in said
+    assert "No space left on device" in said
     assert not list(tmp_path.iterdir())
 
 
