@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from killed_runs import (
     losses,
     saved_step,
 )
+
+from axialtrain.train.checkpoint import newest
 
 STEPS = 60
 TORCHRUN = [
@@ -214,6 +217,62 @@ def workers(launcher: int) -> list[int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     return [child for child, command in commands.items() if b"axialtrain.cli" in command]
+
+
+def test_begun_from_another_and_killed_before_its_first_save(given, tmp_path):
+    """It is begun from there again: by the same command, as torchrun and Slurm give it, and by
+    resume=auto; and goes on by itself where it has saved."""
+    common = [*given[:-2], "mesh=single", "schedule=constant"]
+    finish(tmp_path / "other", *common, "train.steps=3")
+    begun = [*common, "train.steps=5", f"resume={tmp_path / 'other'}"]
+    with going(tmp_path / "new", *begun) as run:
+        there = tmp_path / "new" / "mesh.txt"
+        assert run.until(there.exists, "its folder is there"), run.said
+        os.killpg(run.command.pid, signal.SIGKILL)
+        run.wait()
+    assert saved_step(tmp_path / "new") == 0
+    shutil.copytree(tmp_path / "new", tmp_path / "same")
+    said = finish(tmp_path / "new", *begun, "resume=auto")
+    assert f"{tmp_path / 'new'} has no checkpoint yet: begun again with {tmp_path}/other" in said
+    assert f"going on from step 3 of {tmp_path}/other/checkpoints" in said
+    said = finish(tmp_path / "same", *begun)
+    assert f"going on from step 3 of {tmp_path}/other/checkpoints" in said
+    assert differing(tmp_path / "new", tmp_path / "same") == []
+    said = finish(tmp_path / "same", *begun, "train.steps=6")
+    assert f"going on from step 5 of {tmp_path}/same/checkpoints" in said
+
+
+def test_another_folder_goes_on_with_the_checkpoints_of_a_run(given, tmp_path):
+    """As another machine does, that has nothing else of it; and then the first one again."""
+    place = [*given[:-2], "mesh=single", f"checkpoint.folder={tmp_path / 'ck'}", "resume=auto"]
+    for folder, steps in (("one", 2), ("two", 4), ("one", 6)):
+        said = finish(tmp_path / folder, *place, f"train.steps={steps}", "schedule=constant")
+        assert steps == 2 or f"going on from step {steps - 2} of {tmp_path}/ck" in said
+        owner = newest(tmp_path / "ck").owner
+        assert owner is not None
+        assert owner.folder == str(tmp_path / folder)
+        assert owner.identity == (tmp_path / "one" / ".run-id").read_text()
+
+
+def test_a_second_run_with_the_same_checkpoints_is_refused(given, axialtrain, tmp_path):
+    place = [*given[:-2], "mesh=single", f"checkpoint.folder={tmp_path / 'ck'}"]
+    with going(tmp_path / "one", *place, "train.steps=100000", "checkpoint.every=0") as run:
+        assert run.until(lambda: run.steps() >= 1, "step 1"), run.said
+        half = tmp_path / "ck" / "step-00000001"
+        half.mkdir()  # as it is while the first one saves
+        for more in ([], ["resume=auto"]):
+            done = axialtrain(
+                "train", *place, *more, f"hydra.run.dir={tmp_path / 'two'}", cwd=tmp_path,
+                timeout=60,
+            )  # fmt: skip
+            assert done.returncode == 2, done.stderr
+            assert f"checkpoint.folder={tmp_path / 'ck'}: " in done.stderr
+        said = f"another run writes there: the one in {tmp_path / 'one'}"
+        assert done.stderr.count(said) == 1
+        assert half.exists(), "nothing was cleared away"
+        assert os.listdir(tmp_path / "two") == [".lock"]
+        steps = run.steps()
+        assert run.until(lambda: run.steps() > steps, "it goes on"), run.said
 
 
 def test_a_second_run_in_the_folder_is_refused(given, axialtrain, tmp_path):

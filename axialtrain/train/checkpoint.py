@@ -31,11 +31,14 @@ LOG = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "checkpoints"  # in a run's folder
+CONFIG = "config.yaml"  # there, too
+IDENTITY = ".run-id"  # and that: which run it is, wherever its folder is moved to
 MARKER = "checkpoint.json"
 STATE = "state.json"
 WEIGHTS, MOMENTS = "model", "optimizer"  # the two sets of tensors
 LARGEST_JSON = 64 * 2**20  # bytes; ours are under 1 MB
 _STEP = re.compile(r"step-(\d{8,12})")
+_IDENTITY = re.compile(r"[0-9a-f]{12,32}")
 _ENTRY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")  # a bare name: stays in its folder
 
 
@@ -58,8 +61,17 @@ class OtherFormatError(ValueError):
 
 
 @dataclass(frozen=True)
+class Owner:
+    """The run that saves a checkpoint. folder: of the run, where it was then."""
+
+    identity: str
+    folder: str
+
+
+@dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint. step: optimizer steps taken. state: what state.json holds.
+    """A complete checkpoint. step: optimizer steps taken. state: what state.json holds. owner: None
+    where the checkpoint does not say.
 
     Every method raises ValueError, naming the file, for what is not as the marker says, and OSError
     where the place does not answer.
@@ -69,6 +81,7 @@ class Saved:
     step: int
     files: Mapping[str, tuple[int, int]]  # bytes, CRC-32C
     state: dict[str, Any] = field(repr=False)
+    owner: Owner | None = None
 
     @property
     def where(self) -> str:
@@ -205,12 +218,44 @@ def find(
 def kept_in(run_folder: Path) -> str | None:
     """Where the run in that folder keeps its checkpoints, by its config.yaml; None where it has
     none, or does not say."""
+    return kept_by(_config_in(run_folder), run_folder)
+
+
+def kept_by(config: Any, run_folder: Path) -> str | None:
+    """As `kept_in`, by the values of a config."""
     try:
-        config = yaml.safe_load((run_folder / "config.yaml").read_text())
         folder = config["checkpoint"]["folder"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (KeyError, TypeError):
         return None
     return str(run_folder / FOLDER) if folder is None else str(folder)
+
+
+def begun_with(run_folder: Path) -> tuple[str | None, str | None]:
+    """(resume, init) with which the run in that folder was begun, by its config.yaml.
+
+    resume is never auto, which says nothing of that.
+    """
+    config = _config_in(run_folder)
+    values = [config.get(key) for key in ("resume", "init")] if isinstance(config, dict) else []
+    resume, init = (value if isinstance(value, str) else None for value in values or (None, None))
+    return (None if resume == "auto" else resume), init
+
+
+def identity_in(run_folder: Path) -> str | None:
+    """Of the run in that folder; None where it has none yet."""
+    try:
+        text = (run_folder / IDENTITY).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if _IDENTITY.fullmatch(text) else None
+
+
+def owner_of(folder: Folder) -> Owner | None:
+    """Of the checkpoint in `folder`; None where there is no complete one, or it does not say."""
+    try:
+        return _owner(_json(folder, MARKER))
+    except ValueError:
+        return None
 
 
 def _best_of(saved: Saved, candidates: Sequence[Folder]) -> Saved:
@@ -254,7 +299,25 @@ def read(folder: Folder) -> Saved:
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"{folder}/{STATE}: step is {step!r}, allowed is a whole number from 0")
-    return Saved(folder, step, every, state)
+    return Saved(folder, step, every, state, _owner(marker))
+
+
+def _config_in(run_folder: Path) -> Any:
+    try:
+        return yaml.safe_load((run_folder / CONFIG).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
+def _owner(marker: Mapping[str, Any]) -> Owner | None:
+    """By a marker that may come from anyone."""
+    run = marker.get("run")
+    if not isinstance(run, dict):
+        return None
+    identity, folder = run.get("identity"), run.get("folder")
+    if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
+        return None
+    return Owner(identity, folder) if isinstance(folder, str) and folder.isprintable() else None
 
 
 def _complete(folder: Folder, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from axialtrain.tasks.classification import ClassificationConfig
 from axialtrain.tasks.panoptic import PanopticConfig
 from axialtrain.tasks.reconstruction import ReconstructionConfig
 from axialtrain.tasks.segmentation import SegmentationConfig
+from axialtrain.train.checkpoint import begun_with
 from axialtrain.train.config import RunConfig
 
 
@@ -30,6 +31,9 @@ def compose_run(
     overrides: Sequence[str], processes: int | None = None
 ) -> tuple[RunConfig, Path, str]:
     """(the checked config, the run folder, the config as YAML) of a command line of overrides.
+
+    `resume` is auto, too, where the folder is of a run that was begun with this very one: a command
+    that is given again goes on. The YAML says with which a run was begun, not auto.
 
     processes: how many an outer launcher has started, for mesh.data=auto; None where none did.
     Raises ValueError that names the key, the value and what is allowed.
@@ -55,6 +59,7 @@ def compose_run(
         try:
             composed = compose("train", overrides, return_hydra_config=True)
             folder = Path(composed.hydra.run.dir).absolute()
+            chosen = _run_dir(composed) != _run_dir(OmegaConf.load(config_folder() / "train.yaml"))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_unknown(error, overrides) or _plain(error)) from error
     OmegaConf.set_struct(composed, False)
@@ -63,13 +68,40 @@ def compose_run(
         composed.mesh.data = 1
         composed.mesh.data = _data_ranks(_checked(composed).mesh, processes)
     where = composed.checkpoint.folder
-    if where is not None and "://" not in str(where):
-        composed.checkpoint.folder = str(Path(where).absolute())
+    if where is not None and not str(where).strip():
+        raise ValueError(
+            "checkpoint.folder is empty: give checkpoint.folder=PATH, checkpoint.folder=URL or "
+            "checkpoint.folder=null"
+        )
+    if where is not None:
+        composed.checkpoint.folder = _anywhere(str(where))
     config = _checked(composed)
-    chosen = any(override.startswith("hydra.run.dir=") for override in overrides)
     if config.resume == "auto" and not chosen:
         folder = _newest_run(folder)
+    if config.resume is not None:
+        resume, composed.resume = _resumed(config.resume, folder)
+        config = replace(config, resume=resume)
     return config, folder, OmegaConf.to_yaml(composed, resolve=True)
+
+
+def _run_dir(config: Any) -> Any:
+    """Hydra's folder of the run as it is written, before ${...} is filled in."""
+    run: Any = OmegaConf.to_container(config.hydra.run, resolve=False)
+    return run["dir"]
+
+
+def _resumed(resume: str, folder: Path) -> tuple[str, str]:
+    """(what `resume` is to the run in `folder`; with what that run was begun)."""
+    begun, _ = begun_with(folder)
+    if resume == "auto":
+        return "auto", begun or "auto"
+    again = begun is not None and _anywhere(begun) == _anywhere(resume)
+    return "auto" if again else resume, _anywhere(resume)
+
+
+def _anywhere(where: str) -> str:
+    """A path or URL, for whoever reads it in another folder."""
+    return where if "://" in where else str(Path(where).absolute())
 
 
 @cache
@@ -147,6 +179,7 @@ def _unknown(error: Exception, overrides: Sequence[str]) -> str | None:
     if unknown is None:
         return None
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    groups.append("hydra.searchpath")  # where a group's own files may be
     node: Any = compose("train", [one for one in overrides if one.partition("=")[0] in groups])
     path = ""
     for key in unknown[1].split("."):
@@ -164,6 +197,8 @@ def _plain(error: Exception) -> str:
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__.msg}"  # why a value was not taken
     text = re.sub(r"\s*\w+_schema\n", "\n", text)  # the dataclasses behind the options
+    text = re.sub("To sweep over it, .*", "Sweeps are not offered: start run after run", text)
+    text = text.replace(" is not a ListConfig, list or tuple", ", allowed is a list, [...]")
     lines = [line.strip() for line in text.splitlines()]
     noise = (
         "full_key:",

@@ -13,7 +13,7 @@ import torch
 
 from axialtrain.mesh.collectives import gather_objects, max_over
 from axialtrain.train.alike import BadStepError
-from axialtrain.train.checkpoint import find
+from axialtrain.train.checkpoint import Owner, find
 from axialtrain.train.faults import policy_of, told
 from axialtrain.train.progress import Progress
 from axialtrain.train.resume import agreed, pixels_of, state_of, take_over
@@ -40,7 +40,14 @@ class Keeper:
 
     def begin(self, run: Run) -> None:
         """Save before the first step what a fault may ask for, or what came from another folder:
-        a run that is killed now must find it in its own."""
+        a run that is killed now must find it in its own. Nothing is saved before it is known whose
+        it is: that of the checkpoint that is gone on from, wherever the run's folder is now."""
+        owner = None
+        if run.tracker is not None:
+            begun_by = self._checkpoints.begun_by
+            identity = run.tracker.identify(None if begun_by is None else begun_by.identity)
+            owner = Owner(identity, str(run.tracker.folder.absolute()))
+        self._checkpoints.belong_to(owner)
         policies = (run.config.faults.nonfinite, run.config.faults.spike)
         if ("rollback" in policies or run.progress.step > 0) and self._checkpoints.empty:
             self._save(run, wait=True, must=True)

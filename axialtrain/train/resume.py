@@ -18,7 +18,9 @@ from axialtrain.train.checkpoint import (
     FOLDER,
     Saved,
     Tensors,
+    begun_with,
     find,
+    identity_in,
     kept_in,
     moment_name,
     read,
@@ -44,9 +46,10 @@ def folder_of(config: RunConfig, run_folder: Path) -> str:
 def found(config: RunConfig, run_folder: Path, *, verify: bool) -> tuple[Saved | None, list[str]]:
     """(the checkpoint that `resume` means, or None; what is wrong with those passed over).
 
-    None with resume=auto where the run has none yet. verify: read all of it.
-    Raises ValueError where `resume` names what holds none, or all are damaged; OSError where the
-    place does not answer.
+    None with resume=auto where the run has none yet, unless it was begun by going on from another:
+    then it does so again. verify: read all of it.
+    Raises ValueError where `resume` names what holds none, or all are damaged, or they are of
+    another run; OSError where the place does not answer.
     """
     if config.resume is None:
         return None, []
@@ -64,15 +67,57 @@ def found(config: RunConfig, run_folder: Path, *, verify: bool) -> tuple[Saved |
                 f"resume=auto: {'; '.join(problems)}. No checkpoint in {folder} is whole: to begin "
                 "anew, give another hydra.run.dir (and checkpoint.folder)"
             )
+        if saved is None:
+            return _begun_again(config, run_folder, verify=verify)
+        _check_owner(saved, config, run_folder)
         return saved, problems
+    return _named(config.resume, f"resume={config.resume}", verify=verify)
+
+
+def _named(resume: str, said: str, *, verify: bool) -> tuple[Saved | None, list[str]]:
+    """The checkpoint of a run or at a place. said: how an error begins."""
     try:
-        saved, problems = find(config.resume, verify=verify)
+        saved, problems = find(resume, verify=verify)
     except (ValueError, ImportError) as error:  # of a URL
-        raise ValueError(f"resume={config.resume}: {error}") from error
+        raise ValueError(f"{said}: {error}") from error
     if saved is None:
-        said = "; ".join(problems) or "holds no complete checkpoint"
-        raise ValueError(f"resume={config.resume}: {said}")
+        raise ValueError(f"{said}: {'; '.join(problems) or 'holds no complete checkpoint'}")
     return saved, problems
+
+
+def _begun_again(
+    config: RunConfig, run_folder: Path, *, verify: bool
+) -> tuple[Saved | None, list[str]]:
+    """Of a run that was ended before its first save: what it was begun with counts."""
+    resume, init = begun_with(run_folder)
+    if resume is not None:
+        said = f"resume={resume}, with which the run in {run_folder} was begun"
+        saved, problems = _named(resume, said, verify=verify)
+        return saved, [*problems, f"{run_folder} has no checkpoint yet: begun again with {resume}"]
+    if init is not None and config.init is None:
+        raise ValueError(
+            f"init=None: the run in {run_folder} was begun with init={init} and has no checkpoint "
+            "yet, allowed is the same; to begin without, give another hydra.run.dir"
+        )
+    return None, []
+
+
+def _check_owner(saved: Saved, config: RunConfig, run_folder: Path) -> None:
+    """Refuse what another run has saved into the `checkpoint.folder` of this one.
+
+    A run's folder that is new becomes that of the run whose checkpoints are there, as on another
+    machine. It may also be another one at the same path: of each machine's own disk.
+    """
+    identity, owner = identity_in(run_folder), saved.owner
+    if config.checkpoint.folder is None or None in (identity, owner):
+        return
+    assert owner is not None
+    if owner.identity != identity and owner.folder != str(run_folder.absolute()):
+        raise ValueError(
+            f"checkpoint.folder={config.checkpoint.folder}: holds checkpoints of the run in "
+            f"{owner.folder}, not of that in {run_folder}: allowed is another one; to go on with "
+            "them, give the hydra.run.dir of that run, or a new one"
+        )
 
 
 def agreed(

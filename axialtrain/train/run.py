@@ -126,7 +126,6 @@ def _run(
             folder.mkdir(parents=True, exist_ok=True)
             step = 0 if saved is None else saved.step
             tracker = Tracker(config.logger, folder, config.name, run_yaml, resumed=step)
-            Folder(folder).write("config.yaml", run_yaml.encode())
             Folder(folder).write(NAME, mesh_text(placement, devices, mesh.config).encode())
         except (ValueError, OSError) as error:
             refused = str(error)

@@ -6,9 +6,10 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import google_crc32c
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from axialtrain.mesh.collectives import gather_objects
 from axialtrain.mesh.mesh import Group
-from axialtrain.train.alike import NotSavedError
+from axialtrain.train.alike import NotSavedError, RefusedError
 from axialtrain.train.checkpoint import (
     FORMAT,
     MARKER,
     MOMENTS,
     STATE,
     WEIGHTS,
+    Owner,
     all_steps_in,
     folder_name,
     index_of,
     moment_name,
+    owner_of,
     steps_in,
 )
 from axialtrain.train.config import CheckpointConfig
@@ -54,8 +57,9 @@ class _Writing:
 class Checkpoints:
     """The checkpoints of a run, in `folder`, which all ranks reach.
 
-    All but `written` is collective over `world`: what fails on one rank raises
-    NotSavedError on all of them, with the same words.
+    All but `written` and `begun_by` is collective over `world`: what fails on one rank raises
+    NotSavedError on all of them, with the same words; and RefusedError where another run saves into
+    the folder, too. A lock keeps it out of one on this machine (track.py), but nothing at a URL.
     """
 
     def __init__(self, folder: Folder, config: CheckpointConfig, world: Group) -> None:
@@ -65,6 +69,8 @@ class Checkpoints:
         self._writing: _Writing | None = None
         self._complete: list[int] = []
         self._best: int | None = None  # the best step that was saved
+        self._owner: Owner | None = None  # on rank 0
+        self.begun_by: Owner | None = None  # on rank 0, of the checkpoint here that is gone on from
 
     @property
     def under_way(self) -> bool:
@@ -97,8 +103,15 @@ class Checkpoints:
             for step in all_steps_in(self.folder):
                 if step not in self._complete or (resumed is not None and step > resumed):
                     self._remove(step)
+            if resumed is not None:
+                self.begun_by = owner_of(self.folder.within(folder_name(resumed)))
 
         self._on_first(clear, f"{self.folder} cannot hold checkpoints")
+
+    def belong_to(self, owner: Owner | None) -> None:
+        """The run that saves here from now on. owner: on rank 0, which alone needs it."""
+        self._owner = owner
+        self._refuse_others(self._complete[:-1])  # one that began meanwhile, and was faster
 
     def begin(self, engine: Engine, step: int, state: Mapping[str, Any], best: int | None) -> None:
         """Take a copy of the run's state after `step` and write it, or start to.
@@ -108,6 +121,7 @@ class Checkpoints:
         is the same on all ranks, `commit`.
         """
         assert self._writing is None, "commit() is due"
+        self._refuse_others(self._complete)  # before anything of theirs is written over
         rank, ranks = self._world.rank, self._world.size
         owners = deal({name: shape.numel() for name, shape in engine.shapes.items()}, ranks)
         count = max(owners.values()) + 1  # ranks that write anything are the first ones
@@ -139,7 +153,8 @@ class Checkpoints:
     def commit(self) -> str:
         """Wait for all ranks, and make the checkpoint count. Returns where it is.
 
-        Raises NotSavedError where a rank could not write; nothing of it is left then.
+        Raises NotSavedError where a rank could not write; nothing of it is left then. What
+        RefusedError leaves may be the other run's.
         """
         assert self._writing is not None, "begin() comes first"
         writing, self._writing = self._writing, None
@@ -150,15 +165,22 @@ class Checkpoints:
             files, problem = {}, f"{type(error).__name__}: {error}"
         told = gather_objects((files, problem, socket.gethostname()), self._world)
         before = folder_name(self._complete[-1]) if self._complete else "none"
+        self._refuse_others(self._complete)
 
         def complete() -> None:
             for rank, (_, wrong, host) in enumerate(told):
                 if wrong:
                     raise OSError(f"rank {rank} on {host}: {wrong}")
             every = {name: entry for part, _, _ in told for name, entry in part.items()}
+            # A file system of several machines may be late to show them; a store is not.
+            if self.folder.local is None and (gone := sorted(every.keys() - set(folder.names()))):
+                raise OSError(f"{gone[0]} is gone: another start of the run has cleared it away")
             for name, content in (*writing.indexes.items(), (STATE, writing.state)):
                 every[name] = _write(folder, name, _text(content))
-            _write(folder, MARKER, _text({"format": FORMAT, "step": writing.step, "files": every}))
+            marker = {"format": FORMAT, "step": writing.step, "files": every}
+            if self._owner is not None:
+                marker["run"] = asdict(self._owner)
+            _write(folder, MARKER, _text(marker))
             if writing.step not in self._complete:
                 self._complete.append(writing.step)
 
@@ -191,6 +213,26 @@ class Checkpoints:
         folder.remove_all()
         if step in self._complete:
             self._complete.remove(step)
+
+    def _refuse_others(self, known: Collection[int]) -> None:
+        """known: the steps that are ours."""
+        problem = ""
+        if self._owner is not None:
+            with suppress(OSError):  # what cannot be asked cannot be written, which says more
+                problem = self._other(self._owner, known)
+        problem = gather_objects(problem, self._world)[0]
+        if problem:
+            raise RefusedError(problem)
+
+    def _other(self, owner: Owner, known: Collection[int]) -> str:
+        for step in all_steps_in(self.folder):
+            other = None if step in known else owner_of(self.folder.within(folder_name(step)))
+            if other is not None and other.identity != owner.identity:
+                return (
+                    f"checkpoint.folder={self.folder}: the run in {other.folder} has saved there, "
+                    f"too ({folder_name(step)}): allowed is a folder that no other run has"
+                )
+        return ""
 
     def _on_first(self, act: Callable[[], None], what: str) -> None:
         """`act()` on rank 0; every rank raises if it does."""

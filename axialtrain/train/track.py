@@ -20,6 +20,7 @@ import yaml
 from axialtrain.data.checked import Record
 from axialtrain.data.damage import Damage
 from axialtrain.tasks.panels import Panel
+from axialtrain.train.checkpoint import CONFIG, IDENTITY, identity_in, kept_by
 from axialtrain.train.progress import finite
 from axialtrain.train.storage import Folder
 
@@ -52,17 +53,26 @@ class LoggerConfig:
 class Tracker:
     """Writes one JSON object a step to metrics.jsonl and to W&B, and the pictures at the end.
 
-    folder: of the run, which this one holds for itself until it is closed or its process ends.
+    folder: of the run, which this one holds for itself until it is closed or its process ends; and
+    so it does with the folder of its checkpoints, by `run_yaml`, where that is on this machine.
     resumed: the step that the run goes on from; lines of later ones are dropped, as those steps are
     taken again. damages: of what the steps before met, the lines of bad_tiles.jsonl.
-    Raises ValueError where another process holds the folder.
+    Raises ValueError where another process holds one of them.
     """
 
     def __init__(
         self, config: LoggerConfig, folder: Path, name: str, run_yaml: str, resumed: int = 0
     ) -> None:
         self.folder = folder
-        self._lock = _hold(folder)
+        self._locks = [_hold(folder, "hydra.run.dir", folder)]
+        kept = kept_by(yaml.safe_load(run_yaml), folder)
+        checkpoints = None if kept is None else Folder(kept)
+        if checkpoints is not None and checkpoints.local is not None:
+            checkpoints.make()
+            if not checkpoints.local.samefile(folder):
+                self._locks.append(_hold(checkpoints.local, "checkpoint.folder", folder))
+        # Before anything else is here: a run that is killed now is begun again with the same.
+        Folder(folder).write(CONFIG, run_yaml.encode())
         self._warned = False
         self._losses: list[tuple[int, float]] = []
         for line in _cut(folder / METRICS, resumed):
@@ -84,6 +94,16 @@ class Tracker:
     def reopen(self) -> None:
         """It goes on after all: what it left at its end is drawn anew."""
         (self.folder / LOSS).unlink(missing_ok=True)
+
+    def identify(self, known: str | None) -> str:
+        """Which run this is: `known`, or what its folder says, or a new one; the folder then says
+        so, too."""
+        here = identity_in(self.folder)
+        identity = known or here or uuid.uuid4().hex
+        if identity != here:
+            with self._spared():
+                Folder(self.folder).write(IDENTITY, identity.encode())
+        return identity
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         with self._spared():
@@ -156,7 +176,8 @@ class Tracker:
         axes.grid(alpha=0.3)
         self._save(figure, LOSS)
         self._to_wandb(lambda run: run.finish())
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def _save(self, figure: Figure, name: str) -> Path:
         path = self.folder / name
@@ -181,9 +202,12 @@ class Tracker:
             self._wandb = None
 
 
-def _hold(folder: Path) -> IO[str]:
-    """Keep other runs out of the folder; the lock goes with the process, however it ends."""
-    lock = (folder / LOCK).open("a")
+def _hold(folder: Path, key: str, run: Path) -> IO[str]:
+    """Keep other runs out of the folder; the lock goes with the process, however it ends.
+
+    key: by which a user names the folder. run: the folder of the run, for those that are kept out.
+    """
+    lock = (folder / LOCK).open("a+")
     end = time.monotonic() + PATIENCE
     try:
         while True:
@@ -195,10 +219,17 @@ def _hold(folder: Path) -> IO[str]:
                     raise
                 time.sleep(0.2)
     except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip()
         lock.close()
-        raise ValueError(f"hydra.run.dir={folder}: another run writes there") from error
+        whose = "" if holder in ("", str(folder)) else f": the one in {holder}"
+        raise ValueError(f"{key}={folder}: another run writes there{whose}") from error
     except OSError as error:  # some network file systems
         LOG.warning("%s cannot be locked, two runs there would not be noticed: %s", folder, error)
+    else:
+        lock.truncate(0)
+        lock.write(str(run))
+        lock.flush()
     return lock
 
 

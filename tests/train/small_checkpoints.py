@@ -26,6 +26,7 @@ from axialtrain.train.checkpoint import (
     MOMENTS,
     STATE,
     WEIGHTS,
+    Owner,
     folder_name,
     index_of,
 )
@@ -62,11 +63,12 @@ def checkpointed(
     tensors: Mapping[str, Tensor],
     *,
     step: int = 17,
+    owner: Owner | None = None,
     **state: Any,
 ) -> str:
     """A checkpoint as the run in that folder would have written it; returns where it is.
 
-    tensors: a state_dict. state: what its state.json says instead.
+    tensors: a state_dict. owner: the run. state: what its state.json says instead.
     """
     folder = Folder(run).within(FOLDER).within(folder_name(step))
     folder.make()
@@ -80,7 +82,9 @@ def checkpointed(
         STATE: json.dumps(said | state).encode(),
     }
     files = {name: (len(one), google_crc32c.value(one)) for name, one in contents.items()}
-    marker = {"format": FORMAT, "step": step, "files": files}
+    marker: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
+    if owner is not None:
+        marker["run"] = asdict(owner)
     for name, content in (*contents.items(), (MARKER, json.dumps(marker).encode())):
         folder.write(name, content)
     return folder.url

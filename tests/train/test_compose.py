@@ -1,5 +1,6 @@
 """From a command line of overrides to a checked config."""
 
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +12,7 @@ from axialtrain.mesh.mesh import MeshConfig
 from axialtrain.models.registry import KINDS, build_backbone
 from axialtrain.models.transformer import AxialTransformerConfig
 from axialtrain.train.check import task_of
-from axialtrain.train.compose import compose_run, config_folder
+from axialtrain.train.compose import _resumed, compose_run, config_folder
 from axialtrain.train.config import RunConfig
 
 SHARDS = "data.shards=somewhere"
@@ -119,6 +120,53 @@ def test_the_run_folder_is_hydras():
     assert "hydra" not in yaml.safe_load(text)
 
 
+def a_run_in(folder, **config):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+GIVEN = [
+    ["hydra.run.dir={}"],
+    ["++hydra.run.dir={}"],
+    ["hydra={{run:{{dir:{}}}}}"],
+    ["experiment=there"],
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+def test_the_newest_run_is_taken_where_no_folder_is_given(given, tmp_path, monkeypatch):
+    """In whatever form it is: a key, a node of them, an experiment's file."""
+    configs = tmp_path / "configs"
+    shutil.copytree(config_folder(), configs)
+    mine = tmp_path / "mine"
+    there = f"# @package _global_\nname: mine\nhydra:\n  run:\n    dir: {mine}\n"
+    (configs / "experiment" / "there.yaml").write_text(there)
+    monkeypatch.setattr("axialtrain.train.compose.config_folder", lambda: configs)
+    monkeypatch.chdir(tmp_path)
+    newest = a_run_in(tmp_path / "runs" / "mine" / "2026-11-28_10-00-00")
+    a_run_in(tmp_path / "runs" / "mine" / "2026-11-27_10-00-00")
+    a_run_in(tmp_path / "zzz")  # beside the folder that is given
+    common = [SHARDS, "resume=auto", "name=mine"]
+    assert compose_run(common)[1] == newest
+    assert compose_run([*common, *(one.format(mine) for one in given)])[1] == mine
+
+
+def test_with_what_a_run_was_begun_stays_in_its_folder(tmp_path, monkeypatch):
+    """And the same command again, which `resume=auto` need not be, goes on by itself."""
+    monkeypatch.chdir(tmp_path)
+    run, other, s3 = tmp_path / "run", str(tmp_path / "other"), "s3://bucket/run"
+    assert _resumed("auto", run) == ("auto", "auto")
+    assert _resumed("other", run) == ("other", other), "for whoever reads it in another folder"
+    assert _resumed(s3, run) == (s3, s3)
+    a_run_in(run, resume=other)
+    assert _resumed("auto", run) == ("auto", other)
+    assert _resumed("other", run) == _resumed(other, run) == ("auto", other)
+    assert _resumed("another", run) == ("another", str(tmp_path / "another"))
+    config, _, text = compose_run([SHARDS, "resume=other", f"hydra.run.dir={run}"])
+    assert (config.resume, yaml.safe_load(text)["resume"]) == ("auto", other)
+
+
 def test_the_yaml_is_the_whole_config():
     text = compose_run([SHARDS, "mesh=2x3", "zero=2", "train.steps=7"])[2]
     values = yaml.safe_load(text)
@@ -176,6 +224,8 @@ def test_composing_again_forgets_the_first():
         ("logger.mode=loud", ["logger.mode='loud'", "allowed", "offline"]),
         ("launcher.threads=0", ["launcher.threads=0", "allowed"]),
         ("schedule.name=linear", ["schedule.name='linear'", "allowed", "cosine"]),
+        ("checkpoint.folder=", ["checkpoint.folder is empty: give", "checkpoint.folder=null"]),
+        ("checkpoint.folder=' '", ["checkpoint.folder is empty: give", "checkpoint.folder=null"]),
         ("steps", ["'steps'"]),
     ],
 )
@@ -252,3 +302,9 @@ def test_tiles_are_chosen_by_the_data_group():
         composed("data=tiles", "data.window=[64,64]")
     with pytest.raises(ValueError, match=r"unknown key data\.tiles\.other"):
         composed("data=tiles", "data.tiles.other=1")
+
+
+def test_sweeps_are_not_advised():
+    with pytest.raises(ValueError, match=r"Ambiguous value .*; 3\. Sweeps are not offered") as told:
+        compose_run(["experiment=quickstart,reconstruct"])
+    assert "multirun" not in str(told.value)

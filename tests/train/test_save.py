@@ -11,7 +11,16 @@ from distributed.save_ranks import NAMES, Stub, save_that_fails_on_one, save_tog
 from safetensors import safe_open
 
 from axialtrain.mesh.mesh import Group
-from axialtrain.train.checkpoint import MARKER, STATE, folder_name, newest, steps_in
+from axialtrain.train.alike import NotSavedError, RefusedError
+from axialtrain.train.checkpoint import (
+    MARKER,
+    STATE,
+    Owner,
+    folder_name,
+    newest,
+    owner_of,
+    steps_in,
+)
 from axialtrain.train.config import CheckpointConfig
 from axialtrain.train.save import Checkpoints, deal, kept
 from axialtrain.train.storage import PARTIAL, Folder
@@ -138,6 +147,70 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"file/checkpoints cannot hold checkpoints"):
         checkpoints_in(tmp_path / "file" / "checkpoints")
+
+
+# --- Another run in the folder --------------------------------------------------------------------
+
+ONE, TWO = Owner("1" * 32, "runs/one"), Owner("2" * 32, "runs/two")
+
+
+def of(owner, folder, resumed=None):
+    checkpoints = checkpoints_in(folder, resumed, keep_last=9)
+    checkpoints.belong_to(owner)
+    return checkpoints
+
+
+def test_a_checkpoint_says_whose_it_is(tmp_path):
+    save(of(ONE, tmp_path), 1)
+    assert newest(tmp_path).owner == owner_of(Folder(tmp_path / folder_name(1))) == ONE
+    assert of(None, tmp_path, resumed=1).begun_by == ONE
+    save(checkpoints_in(tmp_path / "older"), 1)
+    assert newest(tmp_path / "older").owner is None
+    assert of(ONE, tmp_path / "older", resumed=1).begun_by is None
+
+
+def content(where):
+    return {path.name: path.read_bytes() for path in Path(where).iterdir()}
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_nothing_is_written_where_another_run_has_saved(step, tmp_path):
+    """Two that began together, where no lock keeps one of them out: the slower one is told."""
+    one, two = of(ONE, tmp_path), of(TWO, tmp_path)
+    where = save(one, 3)
+    before = content(where)
+    with pytest.raises(RefusedError, match=f"{tmp_path}: the run in runs/one has saved there, too"):
+        two.begin(Stub(9), step, {"step": step}, None)
+    assert content(where) == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder_name(3)]
+    save(one, 4)
+    with pytest.raises(RefusedError, match="allowed is a folder that no other run has"):
+        of(TWO, tmp_path)
+    save(of(ONE, tmp_path, resumed=4), 5)
+
+
+def test_it_is_asked_again_before_a_checkpoint_counts(tmp_path):
+    one, two = of(ONE, tmp_path), of(TWO, tmp_path)
+    two.begin(Stub(4), 4, {"step": 4}, None)
+    save(one, 3)
+    with pytest.raises(RefusedError, match="runs/one"):
+        two.commit()
+    assert steps_in(Folder(tmp_path)) == [3]
+    assert of(ONE, tmp_path, resumed=3)._complete == [3]
+
+
+def test_what_was_cleared_away_meanwhile_does_not_count(tmp_path):
+    """By a second start of the run, at a URL."""
+    url = f"memory://{tmp_path.name}/run"
+    one = of(ONE, url)
+    one.begin(Stub(1), 1, {"step": 1}, None)
+    of(ONE, url)
+    with pytest.raises(NotSavedError, match=r"model-00001.* is gone"):
+        one.commit()
+    assert steps_in(Folder(url)) == []
+    save(one, 2)
+    newest(url).check()
+    Folder(url).remove_all()
 
 
 def test_tensors_are_dealt_out_by_size():

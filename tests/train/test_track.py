@@ -61,6 +61,7 @@ def test_without_wandb_there_are_lines_and_pictures(nobody, tmp_path):
     assert_left(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".lock",
+        "config.yaml",
         "metrics.jsonl",
         "loss.png",
         "prediction.png",
@@ -179,6 +180,60 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
         quiet(tmp_path)
     first.close()
     quiet(tmp_path).close()
+
+
+def keeping(folder, checkpoints):
+    folder.mkdir(parents=True, exist_ok=True)
+    run_yaml = f"checkpoint: {{folder: {checkpoints}}}"
+    return Tracker(LoggerConfig("disabled"), folder, "mine", run_yaml)
+
+
+@pytest.mark.parametrize("given", [None, "ck"])
+def test_two_runs_do_not_share_a_folder_of_checkpoints(given, tmp_path, monkeypatch):
+    """Not one that was given, and not that of a run which was given none."""
+    monkeypatch.setattr("axialtrain.train.track.PATIENCE", 0.1)
+    where = tmp_path / given if given else tmp_path / "one" / "checkpoints"
+    first = keeping(tmp_path / "one", where if given else "null")
+    said = rf"checkpoint\.folder={where}: another run writes there: the one in {tmp_path / 'one'}$"
+    with pytest.raises(ValueError, match=said):
+        keeping(tmp_path / "two", where)
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [".lock"], "it began nothing"
+    first.close()
+    keeping(tmp_path / "two", where).close()
+    assert [path.name for path in where.iterdir()] == [".lock"]
+
+
+def test_a_run_may_keep_its_checkpoints_in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("axialtrain.train.track.PATIENCE", 0.1)
+    keeping(tmp_path / "one", tmp_path / "one").close()
+    keeping(tmp_path / "one", "s3://bucket/run").close()  # which cannot be locked
+
+
+def test_the_folder_says_with_what_a_run_was_begun_before_it_is_one(tmp_path, monkeypatch):
+    """Killed while W&B starts, it is begun again with the same (`resume.found`)."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("axialtrain.train.track._cut", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Tracker(LoggerConfig("disabled"), tmp_path, "mine", "resume: /other")
+    assert (tmp_path / "config.yaml").read_text() == "resume: /other"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_is_the_same_one_each_time(tmp_path, caplog):
+    tracker = quiet(tmp_path)
+    identity = tracker.identify(None)
+    assert tracker.identify(None) == identity
+    tracker.close()
+    tracker = quiet(tmp_path)
+    assert tracker.identify(None) == identity
+    assert tracker.identify("0" * 32) == "0" * 32, "that of the checkpoints that it goes on from"
+    tracker.close()
+    assert quiet(tmp_path).identify(None) == "0" * 32
+    (tmp_path / ".run-id").write_text("not one of ours")
+    assert quiet(tmp_path / "").identify(None) != "not one of ours"
 
 
 def test_a_resumed_run_drops_the_lines_of_steps_that_it_takes_again(tmp_path):
