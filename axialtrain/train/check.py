@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from axialtrain.train.config import RunConfig
 from axialtrain.train.resume import check_fits, found
 from axialtrain.train.start import start_of
 from axialtrain.train.storage import Folder
-from axialtrain.train.track import METRICS
+from axialtrain.train.track import LOCK, METRICS
 
 
 def task_of(config: RunConfig) -> Segmentation | Reconstruction | Classification | Panoptic:
@@ -156,6 +157,12 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                     f"task.classes={task.classes}: {key}={url} has labels up to "
                     f"{(shards.classes or 0) - 1}; allowed are numbers from {shards.classes}"
                 )
+            if key == "data.shards" and (shards.classes or 0) < task.classes:
+                warnings.warn(
+                    f"task.classes={task.classes}, and the largest label of {key}={url} is "
+                    f"{(shards.classes or 0) - 1}: no pixel is of a class above",
+                    stacklevel=2,
+                )
         if task.instances and not shards.has_instances:
             raise ValueError(
                 f"{key}={url}: its images have no instances, which task={config.task.name} needs: "
@@ -187,7 +194,9 @@ def check_kernel(config: RunConfig, device_type: str) -> None:
 
 
 def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:
-    best = config.checkpoint.best
+    best, every = config.checkpoint.best, config.train.validate_every
+    if every and config.data.validation is None:
+        raise ValueError(f"train.validate_every={every}: needs data.validation=SHARDS")
     if best is None:
         if config.train.patience:
             raise ValueError(
@@ -199,11 +208,17 @@ def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:
         raise ValueError(f"checkpoint.best={best}: allowed are {', '.join(('val_loss', *metrics))}")
     if config.data.validation is None:
         raise ValueError(f"checkpoint.best={best}: needs data.validation=SHARDS")
+    if config.train.patience and not every:
+        raise ValueError(
+            f"train.patience={config.train.patience}: counts validations: needs "
+            "train.validate_every, and at 0 there is one, at the end"
+        )
 
 
 def _check_new(folder: Path) -> None:
     for name in (METRICS, FOLDER):
-        if (folder / name).exists():
+        # A run that was killed at its very start has left no more than its lock.
+        if (folder / name).exists() and Folder(folder / name).names() != [LOCK]:
             raise ValueError(
                 f"hydra.run.dir={folder}: holds the {name} of a run; allowed is a new folder, or "
                 "resume=auto to go on with it"
@@ -212,6 +227,10 @@ def _check_new(folder: Path) -> None:
 
 def _check_checkpoints(config: RunConfig) -> None:
     key = f"checkpoint.folder={config.checkpoint.folder}"
+    if str(config.checkpoint.folder).startswith("memory://"):
+        raise ValueError(
+            f"{key}: is gone with the process, allowed are a path and a URL of what lasts"
+        )
     try:
         folder = Folder(str(config.checkpoint.folder))
         steps = all_steps_in(folder)

@@ -81,6 +81,12 @@ class OptimConfig:
             raise ValueError(f"optim.betas={self.betas}: allowed are two numbers from 0 to below 1")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum={self.momentum}: allowed is 0 to below 1")
+        for key, owner, plain in (("betas", "adamw", [0.9, 0.999]), ("momentum", "sgd", 0.9)):
+            value = getattr(self, key)
+            if self.name != owner and value != plain:
+                raise ValueError(
+                    f"optim.{key}={value}: is of {owner}; allowed with optim={self.name} is none"
+                )
 
 
 @dataclass
@@ -226,7 +232,8 @@ class RunConfig:
         timm ViT or DeiT or from `axialtrain export`; a run (its last checkpoint) or a checkpoint,
         a folder or URL; null draws them from `seed`. It may be a model of another image size.
     resume: what the run goes on from: auto, the newest checkpoint in its own folder if there is one
-        (without hydra.run.dir, that is the newest run of this name); or a run, or a checkpoint.
+        (without hydra.run.dir, that is the newest run of this name); or a run, or a checkpoint, as
+        which it is auto where the folder is of a run that was begun with it.
     """
 
     data: DataConfig

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from axialtrain.cli import main
+from axialtrain.data.listing import Entry
 from axialtrain.data.normalise import normalisation
 from axialtrain.data.scene import draw_scenes
-from axialtrain.data.shard import entries_of, make_shards, prepare
+from axialtrain.data.shard import make_shards, prepare
 from axialtrain.data.sharding import Sharding
 from axialtrain.train.check import check, data_of, loader_of, with_statistics
 from axialtrain.train.compose import compose_run
@@ -27,13 +28,18 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards in one/ and two/, of 2 and 1 scenes, and in bare/ without labels."""
+    """A folder with shards in one/ and two/, of 2 and 1 scenes, in bare/ without labels, and in
+    part/ of two scenes of which the first has some."""
     folder = tmp_path_factory.mktemp("sets")
-    for name, count, seed, labelled in (("one", 2, 0, 1), ("two", 1, 5, 1), ("bare", 1, 6, 0)):
+    made = (("one", 2, 0, 2), ("two", 1, 5, 1), ("bare", 1, 6, 0), ("part", 2, 7, 1))
+    for name, count, seed, labelled in made:
         scenes = draw_scenes(folder / f"{name}-scenes", count=count, size=256, seed=seed)
-        images, labels, _ = zip(*scenes, strict=True)
+        entries = [
+            Entry(image, labels if number < labelled else None)
+            for number, (image, labels, _) in enumerate(scenes)
+        ]
         how = Sharding(statistics=True)
-        work = prepare(entries_of(images, labels if labelled else None, None, None), how)
+        work = prepare(entries, how)
         make_shards(work, folder / name, how, jobs=1, keep=False, progress=False)
     return folder
 
@@ -102,3 +108,19 @@ def test_labels_that_a_set_lacks_are_named_with_both_sets(sets, tmp_path):
     with pytest.raises(ValueError, match="has no labels, which task=segmentation needs") as caught:
         check(config, tmp_path / "run", None)
     assert f"({sets}/one has labels, {sets}/bare has none" in str(caught.value)
+
+
+def test_images_that_have_no_labels_are_counted_and_the_first_is_named(sets, tmp_path):
+    overrides = [f"data.shards={sets}/part", "data.validation=null"]
+    config, _, _ = compose_run(["experiment=quickstart", "mesh=single", *overrides])
+    with pytest.raises(ValueError, match=r"\(1 of its 2 images have none: '[^']*1' first\)$"):
+        check(config, tmp_path / "run", None)
+
+
+def test_classes_that_no_pixel_has_are_told_of(sets, tmp_path):
+    overrides = [f"data.shards={sets}/one", "data.validation=null", "task.classes=9"]
+    config, _, _ = compose_run(["experiment=quickstart", "mesh=single", *overrides])
+    with pytest.warns(
+        UserWarning, match=r"task\.classes=9, and the largest label of data\.shards="
+    ):
+        check(config, tmp_path / "run", None)
