@@ -36,6 +36,7 @@ _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_BANDS = {0: 1, 2: 3, 4: 2, 6: 4}  # PNG's colour types without a palette -> bands
 _GREY = {0: 1}
+_EOI = b"\xff\xd9"  # the marker of a JPEG's end
 _PALETTE = 3  # PNG's colour type
 _DATA, _LAST = b"IDAT", b"IEND"  # PNG's chunks
 _BITS = {"uint8": 8, "uint16": 16}
@@ -75,15 +76,23 @@ def decode(
 
 
 def check_jpeg(data: bytes) -> None:
-    """ValueError unless the scans of a JPEG end where its pixels do, with its end behind them.
+    """ValueError unless the scans of a JPEG end where its pixels do.
 
     libjpeg makes up what is missing and only warns, which imagecodecs does not pass on. `data` is
     one whose header has been read (`jpeg_shape`). It is decoded at an eighth of its size: all codes
     are read, and most of the arithmetic is left out.
+
+    A whole scan without an end behind it lacks nothing, nor does one whose header leaves out that
+    it is of all frequencies: some encoders write such.
     """
     try:
         _probe(data, strict=True)
     except ValueError as error:
+        if "Invalid SOS parameters" in str(error):
+            return
+        with suppress(ValueError):
+            _probe(data.rstrip(b"\0") + _EOI, strict=True)
+            return
         try:
             _probe(data, strict=False)
         except ValueError:  # of a kind that this decoder does not read, or worse than a warning

@@ -86,7 +86,8 @@ class Scratch:
             if before.get(key) != now.get(key):
                 raise ValueError(
                     f"{self.folder}: the run that was begun here differs in {key}, allowed is to "
-                    "go on with the same images and options; delete the folder to begin anew"
+                    "go on with the same images and options; to begin anew, delete it, and its "
+                    "shards"
                 )
 
     @contextmanager

@@ -211,7 +211,7 @@ def make_shards(
         if parts.begun and not resume:
             raise ValueError(
                 f"{parts.folder}: holds the unfinished work of another run, allowed is to go on "
-                "with it (--resume), or none: delete the folder to begin anew"
+                "with it (--resume), or none: delete the folder, and its shards, to begin anew"
             )
         if resume and not parts.begun:
             raise ValueError(

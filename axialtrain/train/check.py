@@ -157,7 +157,8 @@ def check(config: RunConfig, folder: Path, processes: int | None) -> None:
                     f"task.classes={task.classes}: {key}={url} has labels up to "
                     f"{(shards.classes or 0) - 1}; allowed are numbers from {shards.classes}"
                 )
-            if key == "data.shards" and (shards.classes or 0) < task.classes:
+            one = os.environ.get("RANK", "0") == "0"  # of all that find it
+            if one and key == "data.shards" and 0 < (shards.classes or 0) < task.classes:
                 warnings.warn(
                     f"task.classes={task.classes}, and the largest label of {key}={url} is "
                     f"{(shards.classes or 0) - 1}: no pixel is of a class above",
@@ -216,9 +217,11 @@ def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:
 
 
 def _check_new(folder: Path) -> None:
-    for name in (METRICS, FOLDER):
-        # A run that was killed at its very start has left no more than its lock.
-        if (folder / name).exists() and Folder(folder / name).names() != [LOCK]:
+    # A run that was killed at its very start has left no more than its lock.
+    kept = folder / FOLDER
+    saved = kept.exists() and not (kept.is_dir() and set(os.listdir(kept)) <= {LOCK})
+    for name, there in ((METRICS, (folder / METRICS).exists()), (FOLDER, saved)):
+        if there:
             raise ValueError(
                 f"hydra.run.dir={folder}: holds the {name} of a run; allowed is a new folder, or "
                 "resume=auto to go on with it"

@@ -59,7 +59,10 @@ def compose_run(
         try:
             composed = compose("train", overrides, return_hydra_config=True)
             folder = Path(composed.hydra.run.dir).absolute()
-            chosen = _run_dir(composed) != _run_dir(OmegaConf.load(config_folder() / "train.yaml"))
+            # One that has the time in it is another one at each start, whoever wrote it.
+            own = _run_dir(composed)
+            standard = _run_dir(OmegaConf.load(config_folder() / "train.yaml"))
+            chosen = own != standard and "${now:" not in own
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_unknown(error, overrides) or _plain(error)) from error
     OmegaConf.set_struct(composed, False)

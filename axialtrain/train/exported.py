@@ -27,6 +27,7 @@ from axialtrain.train.check import task_of
 from axialtrain.train.config import RunConfig
 from axialtrain.train.start import NAMES, json_of, metadata_of
 
+_LEAST_STD = 1e-30  # of which the inverse is a number in fp32
 _LARGEST_DATA = 2**18  # characters of two numbers for each of 4,096 bands, with room
 _TASKS: dict[str, type] = {
     "segmentation": SegmentationConfig,
@@ -59,7 +60,7 @@ class Exported:
 
         pixels: as they are stored, [height, width, bands] of uint8, uint16 or float32, with all
             bands of which the run chose some. present: bool [height, width], where there is a
-            pixel, which a region of a shard says; None for all.
+            pixel, which a region of a shard says; None for all. What is no number is none.
         Raises ValueError where they are not such, or the grid does not fit the model's attention.
         """
         if self.data is None:
@@ -80,6 +81,8 @@ class Exported:
                 f"present is {present.dtype} {list(present.shape)}: allowed is bool "
                 f"{[height, width]}, one for each pixel"
             )
+        if pixels.dtype == np.float32:
+            present = present & np.isfinite(pixels).all(-1)
         normalise = Normalise(
             Kind(bands, str(pixels.dtype)), self.data.mean, self.data.std, self.data.bands
         )
@@ -164,7 +167,12 @@ def _data(said: Any, where: str) -> DataConfig | None:
         return None
     try:
         keys = {key: said[key] for key in ("mean", "std", "bands")}
-        return DataConfig(shards=where, **keys)
+        config = DataConfig(shards=where, **keys)
+        if "manifest" in (config.mean, config.std):
+            raise ValueError("data.mean and data.std are manifest, which only shards have")
+        if np.min(np.asarray(config.std, np.float64)) < _LEAST_STD:
+            raise ValueError(f"data.std is {config.std}, allowed are numbers from {_LEAST_STD}")
+        return config
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: does not say how pixels were normalised: {error}") from error
 

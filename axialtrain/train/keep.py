@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from axialtrain.mesh.collectives import gather_objects, max_over
-from axialtrain.train.alike import BadStepError
-from axialtrain.train.checkpoint import Owner, find
+from axialtrain.train.alike import BadStepError, RefusedError
+from axialtrain.train.checkpoint import Owner, find, identity_in
 from axialtrain.train.faults import policy_of, told
 from axialtrain.train.progress import Progress
 from axialtrain.train.resume import agreed, pixels_of, state_of, take_over
@@ -36,6 +39,7 @@ class Keeper:
         self._stalled = 0.0
         self._checkpoints = checkpoints
         self._signals = signals
+        self._owner: Owner | None = None  # this run, on rank 0
         self._saved: int | None = None  # the last step that was saved, or tried
 
     def begin(self, run: Run) -> None:
@@ -44,10 +48,14 @@ class Keeper:
         it is: that of the checkpoint that is gone on from, wherever the run's folder is now."""
         owner = None
         if run.tracker is not None:
-            begun_by = self._checkpoints.begun_by
-            identity = run.tracker.identify(None if begun_by is None else begun_by.identity)
-            owner = Owner(identity, str(run.tracker.folder.absolute()))
-        self._checkpoints.belong_to(owner)
+            begun_by, where = self._checkpoints.begun_by, run.tracker.folder.absolute()
+            identity = identity_in(where) or uuid.uuid4().hex
+            if begun_by is not None:
+                identity = begun_by.identity
+            owner = Owner(identity, str(where))
+        self._owner = owner
+        with self._refusal(run):
+            self._checkpoints.belong_to(owner)
         policies = (run.config.faults.nonfinite, run.config.faults.spike)
         if ("rollback" in policies or run.progress.step > 0) and self._checkpoints.empty:
             self._save(run, wait=True, must=True)
@@ -143,18 +151,35 @@ class Keeper:
         if run.tracker is not None:
             run.tracker.sync()  # the lines of the steps that the checkpoint has
         self._saved = step
-        self._checkpoints.begin(run.engine, step, _state(run), run.progress.best_step)
+        with self._refusal(run):
+            self._checkpoints.begin(run.engine, step, _state(run), run.progress.best_step)
         if wait or not run.config.checkpoint.asynchronous:
             self._commit(run, must=must)
 
     def _commit(self, run: Run, *, must: bool) -> None:
         try:
-            self._checkpoints.commit()
+            with self._refusal(run):
+                self._checkpoints.commit()
+            self._say_whose(run)
         except OSError as error:
             if must or run.config.checkpoint.on_error == "stop":
                 raise
             if run.tracker is not None:
                 LOG.warning("%s; the run goes on (checkpoint.on_error=continue)", error)
+
+    @contextmanager
+    def _refusal(self, run: Run) -> Iterator[None]:
+        """A run that was refused for another one's checkpoints does not go on with these later."""
+        try:
+            yield
+        except RefusedError:
+            self._say_whose(run)
+            raise
+
+    def _say_whose(self, run: Run) -> None:
+        """In the run's folder, once it has saved: before, it may go on with what others saved."""
+        if run.tracker is not None and self._owner is not None:
+            run.tracker.identify(self._owner.identity)
 
 
 def _state(run: Run) -> dict[str, Any]:

@@ -94,10 +94,10 @@ def _begun_again(
         said = f"resume={resume}, with which the run in {run_folder} was begun"
         saved, problems = _named(resume, said, verify=verify)
         return saved, [*problems, f"{run_folder} has no checkpoint yet: begun again with {resume}"]
-    if init is not None and config.init is None:
+    if init is not None and config.init != init:
         raise ValueError(
-            f"init=None: the run in {run_folder} was begun with init={init} and has no checkpoint "
-            "yet, allowed is the same; to begin without, give another hydra.run.dir"
+            f"init={config.init}: the run in {run_folder} was begun with init={init} and has no "
+            "checkpoint yet, allowed is the same; to begin otherwise, give another hydra.run.dir"
         )
     return None, []
 

@@ -95,15 +95,11 @@ class Tracker:
         """It goes on after all: what it left at its end is drawn anew."""
         (self.folder / LOSS).unlink(missing_ok=True)
 
-    def identify(self, known: str | None) -> str:
-        """Which run this is: `known`, or what its folder says, or a new one; the folder then says
-        so, too."""
-        here = identity_in(self.folder)
-        identity = known or here or uuid.uuid4().hex
-        if identity != here:
+    def identify(self, identity: str) -> None:
+        """From now on the folder says which run it is of."""
+        if identity != identity_in(self.folder):
             with self._spared():
                 Folder(self.folder).write(IDENTITY, identity.encode())
-        return identity
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         with self._spared():

@@ -76,6 +76,41 @@ def write_ndpi(path: Path, pixels: np.ndarray) -> None:
     )
 
 
+def write_leica(path: Path, levels: list[np.ndarray]) -> None:
+    """An SCN of levels of any sizes, uint8 [h, w, 3] each, at 0.5 um/px, without loss."""
+    height, width = levels[0].shape[:2]
+    dims = "".join(
+        f'<dimension sizeX="{one.shape[1]}" sizeY="{one.shape[0]}" r="{k}" ifd="{k}"/>'
+        for k, one in enumerate(levels)
+    )
+    size = f'sizeX="{width * 500}" sizeY="{height * 500}"'  # nm
+    around = f'sizeX="{width * 500 + 1000}" sizeY="{height * 500 + 1000}"'  # or it is a macro image
+    about = (
+        '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
+        f'<collection name="c" uuid="urn:uuid:1" {around}><barcode>x</barcode>'
+        '<image name="i" uuid="urn:uuid:2"><creationDate>2012-01-01T00:00:00Z</creationDate>'
+        '<device model="Leica SCN400" version="1"/>'
+        f'<pixels sizeX="{width}" sizeY="{height}">{dims}</pixels>'
+        f'<view {size} offsetX="500" offsetY="500" spacingZ="0"/>'
+        "<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>"
+        "<illuminationSettings><numericalAperture>0.4</numericalAperture>"
+        "<illuminationSource>brightfield</illuminationSource></illuminationSettings>"
+        "</scanSettings></image></collection></scn>"
+    )
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for number, pixels in enumerate(levels):
+            file.write(
+                pixels,
+                tile=(64, 64),
+                photometric="rgb",
+                compression="zlib",
+                metadata=None,
+                description=None if number else about,
+                resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )
+
+
 def write_aperio(path: Path, levels: list[np.ndarray]) -> None:
     """An SVS of levels of any sizes, uint8 [h, w, 3] each, at 0.5 um/px, without loss."""
     height, width = levels[0].shape[:2]

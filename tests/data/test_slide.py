@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
-from slides import write_aperio
+from slides import write_aperio, write_leica
 
 from axialtrain.data.readers import open_image
 from axialtrain.data.readers import slide as reader
@@ -44,11 +44,24 @@ def test_a_level_has_the_pixels_of_openslide(
     assert (error > 1).mean() < 0.001
 
 
+@pytest.mark.parametrize("size", [(1203, 1603), (1201, 1597), (1199, 1601)])
+def test_what_openslide_does_not_mix_is_left_alone(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Of Leica's slides it takes the px in which a corner lies."""
+    path, level = tmp_path / "a.scn", (300, 400)
+    write_leica(path, [np.zeros((*size, 3), np.uint8), RNG.integers(0, 256, (*level, 3), np.uint8)])
+    with openslide.OpenSlide(path) as slide:
+        assert slide.level_downsamples[1] % 1 > 0
+        expected = np.asarray(slide.read_region((0, 0), 1, level[::-1]))[..., :3]
+    with open_image(path, 1, "openslide") as image:
+        assert image.tile < min(level)
+        np.testing.assert_array_equal(image.read(Rect(0, level[0], 0, level[1])), expected)
+
+
 def test_a_read_begins_on_both_levels_or_is_made_sharp() -> None:
     for first in (0, 1, 63, 64, 5000):
-        assert reader._start(first, 4.0) == (4 * first, first, 0.0)
+        assert reader._start(first, 4.0, "aperio") == (4 * first, first, 0.0)
         for downsample in (1.0004, 2.00058, 2.898494, 4.00152, 16.0642):
-            corner, at, off = reader._start(first, downsample)
+            corner, at, off = reader._start(first, downsample, "aperio")
             assert first - 64 <= at <= first
             assert abs(corner / downsample - at - off) < 1 / 256
             assert off == 0 or (1 / 300 <= abs(off) <= 0.5 and at <= first - 12)

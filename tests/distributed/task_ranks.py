@@ -259,10 +259,20 @@ class Case:
 
     def plain_loss(self, output: Tensor, batch: Batch) -> Tensor:
         """What a run should have as its loss, of the output for whole images."""
+        return mean_over_images(*self._plain(output, batch))
+
+    def plain_val_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """And in validation: of the images that have a target."""
+        losses, valid = self._plain(output, batch)
+        labelled = (valid > 0).sum()
+        assert 0 < labelled < IMAGES
+        return mean_over_images(losses, valid) * IMAGES / labelled
+
+    def _plain(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.task == "segmentation":
-            return mean_over_images(*plain_segmentation(output, batch))
+            return plain_segmentation(output, batch)
         hidden = hidden_tokens(batch.place, batch.samples.tolist(), share=0.6, seed=3)
-        return mean_over_images(*plain_reconstruction(output, batch, hidden))
+        return plain_reconstruction(output, batch, hidden)
 
 
 def a_run(case: Case, axes: Mesh, engine: Any, dtype: torch.dtype, **config: Any) -> Run:

@@ -16,8 +16,8 @@ THERE = ("torch", "numpy", "einops", "pytest", "axialtrain")  # and what they ne
 BLOCKED = [
     "aiohttp", "axial_attention", "deepspeed", "fairscale", "fsspec", "google_crc32c", "hydra",
     "hypothesis", "imagecodecs", "lightning_utilities", "matplotlib", "omegaconf", "openslide",
-    "PIL", "rasterio", "safetensors", "tifffile", "timm", "torchmetrics", "torchvision", "tqdm",
-    "wandb", "webdataset", "yaml", "zarr",
+    "PIL", "rasterio", "safetensors", "simplejpeg", "tifffile", "timm", "torchmetrics",
+    "torchvision", "tqdm", "wandb", "webdataset", "yaml", "zarr",
 ]  # fmt: skip
 
 

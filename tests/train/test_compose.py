@@ -152,6 +152,13 @@ def test_the_newest_run_is_taken_where_no_folder_is_given(given, tmp_path, monke
     assert compose_run([*common, *(one.format(mine) for one in given)])[1] == mine
 
 
+def test_a_folder_with_the_time_in_it_is_another_one_at_each_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    newest = a_run_in(tmp_path / "out" / "mine" / "2026-11-28_10-00-00")
+    own = "hydra.run.dir='out/${name}/${now:%Y-%m-%d_%H-%M-%S}'"
+    assert compose_run([SHARDS, "resume=auto", "name=mine", own])[1] == newest
+
+
 def test_with_what_a_run_was_begun_stays_in_its_folder(tmp_path, monkeypatch):
     """And the same command again, which `resume=auto` need not be, goes on by itself."""
     monkeypatch.chdir(tmp_path)

@@ -125,6 +125,18 @@ def test_other_pixels_are_refused(tmp_path, given, message):
         found.inputs(*given)
 
 
+def test_what_is_no_number_is_no_pixel(tmp_path):
+    config = a_run()
+    found = load_exported(
+        exported(tmp_path, config, a_model(config), data={"mean": 0, "std": 1, "bands": None})
+    )
+    whole = np.ones((8, 8, 3), np.float32)
+    whole[:4, :, 1] = np.nan
+    pixels, valid, _ = found.inputs(whole)
+    assert pixels.isfinite().all()
+    assert valid.any() and not valid.all()
+
+
 def test_as_many_bands_as_the_model_has(tmp_path):
     config = a_run()
     data = {"data": DATA | {"mean": 0.5}}
@@ -161,6 +173,11 @@ BAD = {
         "describes no model: the head reads 1 prefix token",
     ),
     "no number": ({"data": '{"mean": "x", "std": 1, "bands": null}'}, "data.mean is 'x'"),
+    "shards' own": (
+        {"data": '{"mean": "manifest", "std": "manifest", "bands": null}'},
+        "are manifest, which only shards have",
+    ),
+    "no spread": ({"data": '{"mean": 0.5, "std": 1e-320, "bands": null}'}, "data.std is 1e-320"),
     "no mean": ({"data": "[]"}, "does not say how pixels were normalised"),
     "no step": ({"step": "-1"}, "is of step '-1': allowed is a whole number"),
 }

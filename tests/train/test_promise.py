@@ -98,7 +98,7 @@ def plain_steps(case: Case) -> Plain:
         if step > 0:
             model.eval()
             batch = case.images(HELD_OUT, torch.float64)
-            held_out.append(case.plain_loss(model(*task.inputs(batch)), batch).item())
+            held_out.append(case.plain_val_loss(model(*task.inputs(batch)), batch).item())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     return Plain(start, losses, norms, held_out, weights)
 

@@ -64,6 +64,8 @@ def test_nor_without_its_weights(tmp_path):
     said = rf"^init=None: the run in {run} was begun with init=weights\.pth and has no checkpoint"
     with pytest.raises(ValueError, match=said):
         look(run)
+    with pytest.raises(ValueError, match=r"^init=other\.pth: the run in .* was begun with"):
+        look(run, init="other.pth")
     assert look(run, init="weights.pth") == (None, [])
     own = a_checkpoint(run)
     assert look(run) == (own, []), "which has them"
@@ -78,6 +80,7 @@ def test_a_folder_that_says_nothing_begins_with_nothing(text, tmp_path):
 def test_where_a_start_was_cut_short_is_a_new_folder(tmp_path):
     """Killed before it said with what it was begun, it can be given the same command again."""
     (tmp_path / "checkpoints").mkdir()
+    _check_new(tmp_path)
     (tmp_path / "checkpoints" / ".lock").touch()
     _check_new(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir()

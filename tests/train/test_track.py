@@ -11,6 +11,7 @@ import wandb
 from matplotlib.image import imread
 
 from axialtrain.tasks.panels import Panel
+from axialtrain.train.checkpoint import identity_in
 from axialtrain.train.track import LoggerConfig, Tracker
 
 
@@ -222,18 +223,14 @@ def test_the_folder_says_with_what_a_run_was_begun_before_it_is_one(tmp_path, mo
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_run_is_the_same_one_each_time(tmp_path, caplog):
+def test_a_folder_says_which_run_it_is_of(tmp_path):
     tracker = quiet(tmp_path)
-    identity = tracker.identify(None)
-    assert tracker.identify(None) == identity
-    tracker.close()
-    tracker = quiet(tmp_path)
-    assert tracker.identify(None) == identity
-    assert tracker.identify("0" * 32) == "0" * 32, "that of the checkpoints that it goes on from"
-    tracker.close()
-    assert quiet(tmp_path).identify(None) == "0" * 32
+    assert identity_in(tmp_path) is None, "before it has saved"
+    for identity in ("1" * 32, "0" * 32):
+        tracker.identify(identity)
+        assert identity_in(tmp_path) == identity
     (tmp_path / ".run-id").write_text("not one of ours")
-    assert quiet(tmp_path / "").identify(None) != "not one of ours"
+    assert identity_in(tmp_path) is None
 
 
 def test_a_resumed_run_drops_the_lines_of_steps_that_it_takes_again(tmp_path):

@@ -33,6 +33,8 @@ _PLAIN = "generic-tiff"  # of any type and number of bands, which OpenSlide turn
 
 # A read begins at a whole px of level 0. Where that is none of the level that is read, OpenSlide
 # interpolates (cairo, linearly) between two px of that level, unless it is nearer than 1/256 px.
+# That was seen of Aperio's. Of Leica's it takes the px in which the corner lies.
+_MIXED, _WHOLE = "aperio", "leica"
 _EXACT = 1 / 300  # px
 _REACH = 64  # px before a tile, where a px that is whole on both is looked for
 _MARGIN = 12  # px, beyond which the one before has no part in what `_sharp` makes
@@ -51,6 +53,7 @@ class SlideSource:
                 if vendor is None or vendor == _PLAIN:
                     kind = "no slide of a scanner" if vendor is None else "a plain TIFF"
                     raise Unfit(path, f"is {kind}", "OpenSlide is for what it knows by its scanner")
+                self._vendor = vendor
                 self._slide = opened.enter_context(openslide.OpenSlide(path))
                 self.info = self._info(level)
             except (openslide.OpenSlideError, OSError, ValueError) as error:
@@ -92,7 +95,7 @@ class SlideSource:
     def tile(self, row: int, col: int) -> Tile | None:
         window = window_of(self.info, row, col)
         (x, left, right), (y, top, bottom) = (
-            _start(n, self.info.downsample) for n in (window.left, window.top)
+            _start(n, self.info.downsample, self._vendor) for n in (window.left, window.top)
         )
         # OpenSlide takes the corner in px of level 0, and the size in those of the level.
         size = [
@@ -118,13 +121,15 @@ class SlideSource:
         self._slide.close()
 
 
-def _start(first: int, downsample: float) -> tuple[int, int, float]:
+def _start(first: int, downsample: float, vendor: str) -> tuple[int, int, float]:
     """Where a read begins that is to have px `first` of a level along one side.
 
     (px of level 0; px of the level; how far the one lies behind the other, px of the level, 0.0 if
     that is nothing to OpenSlide). It begins at most _REACH px before `first`, which is little to
     read; in between, downsamples near whole numbers (4.0004) may have no px that is whole on both.
     """
+    if vendor == _WHOLE:
+        return math.ceil(first * downsample), first, 0.0
     before = np.arange(first, max(first - _REACH, 0) - 1, -1)
     corner = np.rint(before * downsample).astype(np.int64)
     off = corner / downsample - before
@@ -132,6 +137,8 @@ def _start(first: int, downsample: float) -> tuple[int, int, float]:
     if exact.size:
         at = int(exact[0])
         return int(corner[at]), int(before[at]), 0.0
+    if vendor != _MIXED:
+        return round(first * downsample), first, 0.0
     at = _MARGIN + int(abs(off[_MARGIN:]).argmin())
     return int(corner[at]), int(before[at]), float(off[at])
 
