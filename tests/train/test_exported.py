@@ -134,7 +134,8 @@ def test_what_is_no_number_is_no_pixel(tmp_path):
     whole[:4, :, 1] = np.nan
     pixels, valid, _ = found.inputs(whole)
     assert pixels.isfinite().all()
-    assert valid.any() and not valid.all()
+    assert valid.any()
+    assert not valid.all()
 
 
 def test_as_many_bands_as_the_model_has(tmp_path):
