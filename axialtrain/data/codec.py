@@ -37,6 +37,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_BANDS = {0: 1, 2: 3, 4: 2, 6: 4}  # PNG's colour types without a palette -> bands
 _GREY = {0: 1}
 _EOI = b"\xff\xd9"  # the marker of a JPEG's end
+_LOST = bytes(32)  # zeros that few JPEGs have in a row, and all that a block of zeros is in
 _PALETTE = 3  # PNG's colour type
 _DATA, _LAST = b"IDAT", b"IEND"  # PNG's chunks
 _BITS = {"uint8": 8, "uint16": 16}
@@ -101,6 +102,13 @@ def check_jpeg(data: bytes) -> None:
             raise ValueError(f"is a damaged JPEG ({error})") from error
 
 
+def looks_whole(data: bytes) -> bool:
+    """Whether nothing of a JPEG seems to be missing: its end is there, and no zeros in its midst,
+    as of a file that was cut or has lost a block. What says no may be whole: see `check_jpeg`."""
+    data = data.rstrip(b"\0")
+    return data.endswith(_EOI) and _LOST not in data
+
+
 def _probe(data: bytes, *, strict: bool) -> None:
     simplejpeg.decode_jpeg(
         data, "GRAY", fastdct=True, fastupsample=True,
@@ -122,7 +130,7 @@ def memory_for(tile: int, bands: int) -> Pixels:
 
 class JpegTiles:
     """`decode` for tiles that are JPEGs alike, uint8 [tile, tile, bands], one after the other, but
-    for `check_jpeg`: they were held to it when they were stored.
+    for `check_jpeg`, which is for when they are stored, and for `verify --deep`.
 
     They are decoded into the same memory, from which each is copied before the next one comes.
     """

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 from axialtrain.cli import main
-from axialtrain.data.codec import JpegTiles, check_jpeg, decode, encode_jpeg
+from axialtrain.data.codec import JpegTiles, check_jpeg, decode, encode_jpeg, looks_whole
 from axialtrain.data.readers import open_image
 from axialtrain.data.readers import tiff as tiff_reader
 from axialtrain.data.region import open_shards
@@ -172,3 +172,13 @@ def test_tiles_one_after_the_other_are_not_checked(monkeypatch: pytest.MonkeyPat
         np.testing.assert_array_equal(
             decoder(memoryview(KINDS[kind])), imagecodecs.jpeg8_decode(KINDS[kind])
         )
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_seems_whole_is_copied_unread(kind: str, damage: str) -> None:
+    """A scan that was cut, and ends in a marker all the same, is left to `verify --deep`."""
+    data = KINDS[kind]
+    assert looks_whole(data)
+    assert looks_whole(data + bytes(7))
+    assert looks_whole(DAMAGED[damage](data)) == (damage == "cut, with an end")
