@@ -219,7 +219,7 @@ def _check_best(config: RunConfig, metrics: tuple[str, ...]) -> None:
 def _check_new(folder: Path) -> None:
     # A run that was killed at its very start has left no more than its lock.
     kept = folder / FOLDER
-    saved = kept.exists() and not (kept.is_dir() and set(os.listdir(kept)) <= {LOCK})
+    saved = kept.exists() and not (kept.is_dir() and os.listdir(kept) == [LOCK])
     for name, there in ((METRICS, (folder / METRICS).exists()), (FOLDER, saved)):
         if there:
             raise ValueError(

@@ -80,7 +80,6 @@ def test_a_folder_that_says_nothing_begins_with_nothing(text, tmp_path):
 def test_where_a_start_was_cut_short_is_a_new_folder(tmp_path):
     """Killed before it said with what it was begun, it can be given the same command again."""
     (tmp_path / "checkpoints").mkdir()
-    _check_new(tmp_path)
     (tmp_path / "checkpoints" / ".lock").touch()
     _check_new(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
